@@ -1,0 +1,140 @@
+"""Pictures of a run, in one house style. They take numbers and write a PNG; matplotlib is loaded only here."""
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data import UserError
+
+COLORS = ("#2f6db5", "#d9622b", "#3c9d6e", "#8a5fb5", "#c2456b", "#b8912b", "#4aa3b8", "#6b6b6b")
+COOL_TO_WARM = ("#2f6db5", "#a9c6e4", "#f7f5f0", "#f0b48f", "#c9501b")  # below, at, above the even load
+STYLE = {"font.size": 12, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.spines.top": False,
+         "axes.spines.right": False, "axes.edgecolor": "#888888", "axes.labelcolor": "#333333",
+         "axes.titlecolor": "#555555", "text.color": "#222222", "xtick.color": "#555555",
+         "ytick.color": "#555555", "lines.linewidth": 2.2, "grid.color": "#e6e6e6", "grid.linewidth": 0.8,
+         "legend.frameon": False, "legend.fontsize": 10}
+MOST_LAYERS = 6  # a picture shows at most so many, evenly chosen
+
+
+@contextmanager
+def picture(path: str | Path, title: str, size: tuple[float, float]):
+    """A figure in the house style, written as PNG when the block ends: the old picture or the new, never half.
+
+    Raises UserError when it cannot be written.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    path = Path(path)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
+        yield figure
+        aside = path.with_name(path.name + ".part")
+        try:
+            figure.savefig(aside, format="png", dpi=120)
+            os.replace(aside, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}") from None
+
+
+def label_ends(axis, ends: list[tuple[float, str, str]], gap: float = 0.055) -> None:
+    """Write (y, text, color) to the right of the lines' ends, at least `gap` of the height apart."""
+    low, high = axis.get_ylim()
+    last = -1.0
+    for y, text, color in sorted(ends):
+        last = max((y - low) / (high - low), last + gap)
+        axis.text(1.015, last, text, color=color, va="center", transform=axis.transAxes)
+
+
+def load_colors():
+    """Colours of a load relative to the even one: blue below, white at, orange above."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return {"cmap": LinearSegmentedColormap.from_list("load", COOL_TO_WARM), "vmin": 0, "vmax": 2}
+
+
+def load_bar(figure, image, axes, words: tuple[str, str, str]) -> None:
+    """The key of `load_colors`, in words."""
+    bar = figure.colorbar(image, ax=axes, extend="max", ticks=[0, 1, 2], pad=0.015, aspect=30)
+    bar.ax.set_yticklabels(words)
+    bar.ax.tick_params(length=0)
+    bar.outline.set_visible(False)
+
+
+def shown_layers(count: int) -> list[int]:
+    """Indices of the layers that a picture has room for."""
+    most = min(count, MOST_LAYERS)
+    return [round(i * (count - 1) / max(1, most - 1)) for i in range(most)]
+
+
+def loss_figure(path: str | Path, rows: list[dict], uniform: float) -> None:
+    """loss.png: loss of every domain on validation text and, dashed, on training text.
+
+    rows of log.csv with columns tokens, val_<domain>, train_<domain>, val_mtp; uniform = ln V.
+    """
+    rows = [row for row in rows if row.get("val_mtp")]
+    x = [float(row["tokens"]) / 1e6 for row in rows]
+    domains = [key[4:] for key in rows[0] if key.startswith("val_") and key != "val_mtp"]
+    with picture(path, "Learning: loss of every kind of text", (9, 5.2)) as figure:
+        axis, ends = figure.subplots(), []
+        for domain, color in zip([*domains, "mtp"], [*COLORS[: len(domains)], "#999999"]):
+            y = [float(row["val_" + domain]) for row in rows]
+            axis.plot(x, y, color=color, linewidth=1.4 if domain == "mtp" else None)
+            name = "second next token (MTP)" if domain == "mtp" else domain
+            ends.append((y[-1], f"{y[-1]:.2f}  {name}", color))
+            if domain != "mtp":
+                axis.plot(x, [float(row["train_" + domain]) for row in rows], "--", color=color, linewidth=1.2)
+        axis.axhline(uniform, color="#999999", linewidth=1, linestyle=":")
+        axis.set(xlabel="million tokens seen", ylabel="nats per token", xlim=(0, x[-1] or 1), ylim=(0, uniform * 1.04))
+        axis.set_title(f"solid: validation text, dashed: training text, dotted: a pure guess, ln V = {uniform:.2f}")
+        axis.grid(axis="y")
+        label_ends(axis, ends)
+
+
+def expert_load_figure(path: str | Path, loads: Tensor, x: list[float], names: list[str], xlabel: str) -> None:
+    """expert_load.png: load of every expert over time, layer by layer, and MaxVio (LF section 3) below.
+
+    loads (n, MoE layers, E), routed tokens of n steps; x (n,), their place on the axis.
+    """
+    shown = shown_layers(len(names))
+    relative = loads / loads.mean(-1, keepdim=True).clamp(min=1e-9)  # (n, layers, E), 1 = even
+    right = x[-1] if x[-1] > x[0] else x[0] + 1
+    with picture(path, "Balance: load of every expert", (9, 2.4 + 1.4 * len(shown))) as figure:
+        axes = figure.subplots(len(shown) + 1, 1, sharex=True, height_ratios=[1] * len(shown) + [1.3])
+        for axis, layer in zip(axes, shown):
+            image = axis.imshow(relative[:, layer].T.numpy(), aspect="auto", origin="lower", interpolation="nearest",
+                                extent=(x[0], right, -0.5, loads.shape[-1] - 0.5), **load_colors())
+            axis.set_ylabel(f"{names[layer]}\nexpert")
+            axis.spines[:].set_visible(False)
+        load_bar(figure, image, axes[:-1], ("idle", "even", "twice\nits share"))
+        for layer, color in zip(shown, COLORS):
+            axes[-1].plot(x, relative[:, layer].amax(-1) - 1, color=color, linewidth=1.3, label=names[layer])
+        axes[-1].set(xlabel=xlabel, ylabel="MaxVio", xlim=(x[0], right), ylim=(0, None))
+        axes[-1].set_title("how far the fullest expert is above its share: 0 is perfect", fontsize=11)
+        axes[-1].legend(ncols=len(shown), loc="upper right")
+        axes[-1].grid(axis="y")
+
+
+def expert_domains_figure(path: str | Path, usage: dict[str, Tensor], names: list[str]) -> None:
+    """expert_domains.png: which experts each domain uses. usage[domain] (MoE layers, E), routed tokens."""
+    counts = torch.stack(list(usage.values()), dim=1)  # (layers, domains, E)
+    share = counts / counts.mean(-1, keepdim=True).clamp(min=1e-9)  # 1 = what an even router would give
+    shown, E = shown_layers(len(share)), share.shape[-1]
+    size = (9, 1.4 + len(shown) * (0.75 + 0.3 * len(usage)))
+    with picture(path, "Specialists: which experts read which text", size) as figure:
+        axes = figure.subplots(len(shown), 1, squeeze=False)[:, 0]
+        for axis, layer in zip(axes, shown):
+            favourite = share[layer].argmax(0)  # (E,) the domain that uses the expert most
+            order = sorted(range(E), key=lambda e: (int(favourite[e]), -float(share[layer, favourite[e], e])))
+            image = axis.imshow(share[layer][:, order].numpy(), aspect="auto", **load_colors())
+            axis.set_yticks(range(len(usage)), list(usage))
+            axis.set_xticks(range(E), [str(e) for e in order] if E <= 32 else [""] * E, fontsize=9)
+            axis.tick_params(length=0)
+            axis.spines[:].set_visible(False)
+            axis.set_title(names[layer])
+        axes[-1].set_xlabel("expert, sorted by the kind of text that uses it most")
+        load_bar(figure, image, axes, ("never", "even", "twice\nas often"))
