@@ -15,7 +15,7 @@ import sys
 import time
 import types
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, NoReturn, Sequence, get_args, get_origin, get_type_hints
 
@@ -142,31 +142,35 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
     is called as tokens are made. The chance of a row depends on its prompt's seed alone, never on its
     neighbours: one int gives each prompt its own seed, a sequence has one per prompt (so that ranks that
     share the prompts draw what one process would), None is different each time.
-    Raises UserError for requests that cannot be met.
+    Raises UserError for requests that cannot be met, and when the model's logits are not finite.
     """
-    _check_request(model.config, prompts, num_samples, max_new_tokens, temperature, top_k, top_p, seed)
+    _check_prompts(model.config, prompts, stop_ids)
+    _check_knobs(num_samples, max_new_tokens, temperature, top_k, top_p)
     device = model.lm_head.weight.device
     noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens).to(device)  # (N, max_new_tokens)
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
     with evaluating(model):
-        pad = stop_ids[0] if len(stop_ids) else model.config.eos_token_id
-        out = _blank(model, prompts, num_samples, max_new_tokens, pad, keep_sampling_mask)
+        out = _blank(model, prompts, num_samples, max_new_tokens, stop_ids)
+        if keep_sampling_mask:
+            out.keep = torch.ones(*out.mask.shape, model.config.vocab_size, dtype=torch.bool, device=device)
         logits, cache = _prefill(model, out, num_samples, keep_routing)
         limits = (out.prompt_lengths + max_new_tokens).clamp(max=out.tokens.shape[1])  # (N,)
-        rows = torch.arange(len(limits), device=device)  # (n,) where each row of the batch writes
+        rows = torch.arange(len(limits), device=device)  # (n,) row of `out` behind each row of the batch
         is_alive = torch.ones_like(rows, dtype=torch.bool)  # (n,)
         while True:
             at = cache.length  # (n,) position of the token that each row gets now
-            draw = sample_tokens(logits, temperature, top_k, top_p, noise[rows, at - out.prompt_lengths[rows]])
+            chance = noise[rows, at - out.prompt_lengths[rows]]
+            draw = sample_tokens(logits, temperature, top_k, top_p, chance)
             is_stop = torch.isin(draw.token, stops)
-            _record(out, draw, is_stop, rows, at, is_alive, on_token)
+            _record(out, rows[is_alive], at[is_alive], is_stop[is_alive], *(x[is_alive] for x in draw))
+            if on_token is not None:
+                for row, token in zip(rows[is_alive].tolist(), draw.token[is_alive].tolist()):
+                    on_token(row, token)
             is_alive = is_alive & ~is_stop & (at + 1 < limits[rows])
-            alive = int(is_alive.sum())
-            if alive == 0:
+            left, tokens = is_alive.nonzero().squeeze(1), draw.token
+            if len(left) == 0:
                 return _trim(out)
-            tokens = draw.token
-            if alive <= COMPACT_BELOW * len(rows):
-                left = is_alive.nonzero().squeeze(1)
+            if len(left) <= COMPACT_BELOW * len(rows):
                 cache, rows, tokens, is_alive = cache.select(left), rows[left], tokens[left], is_alive[left]
             logits = model(tokens.unsqueeze(1), cache=cache).squeeze(1)  # (n, V)
             for kept, chosen in zip(out.routing or [], model.routing):
@@ -182,9 +186,11 @@ def draw_noise(seed: int | Sequence[int] | None, prompts: int, num_samples: int,
     """
     if not isinstance(seed, Sequence):
         root = torch.Generator()
-        root.seed() if seed is None else root.manual_seed(seed)
+        root.seed() if seed is None else root.manual_seed(seed % 2**63)
         seed = torch.randint(2**62, (prompts,), generator=root).tolist()
-    generators = [torch.Generator().manual_seed(one) for one in seed]
+    if len(seed) != prompts:
+        raise UserError(f"seed: got {len(seed)} seeds for {prompts} prompts, wanted one each")
+    generators = [torch.Generator().manual_seed(one % 2**63) for one in seed]
     return torch.cat([torch.rand(steps, num_samples, generator=one).t() for one in generators])
 
 
@@ -199,28 +205,22 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _blank(model, prompts, num_samples: int, max_new_tokens: int, pad: int, keep_sampling_mask: bool) -> Generation:
+def _blank(model: Transformer, prompts, num_samples: int, max_new_tokens: int, stop_ids) -> Generation:
     """A Generation of prompts and padding, as wide as it can become."""
-    device, config = model.lm_head.weight.device, model.config
+    pad = stop_ids[0] if len(stop_ids) else model.config.eos_token_id
     longest = max(len(prompt) for prompt in prompts)
-    N, T = len(prompts) * num_samples, min(longest + max_new_tokens, config.max_position_embeddings)
-    padded = [list(prompt) + [pad] * (T - len(prompt)) for prompt in prompts]
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (prompts,)
+    T = min(longest + max_new_tokens, model.config.max_position_embeddings)
+    padded = torch.tensor([[*prompt, *[pad] * (T - len(prompt))] for prompt in prompts])  # (prompts, T)
+    tokens = padded.repeat_interleave(num_samples, dim=0).to(model.lm_head.weight.device)  # (N, T)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
     lengths = lengths.repeat_interleave(num_samples)  # (N,)
-    dtype = torch.promote_types(model.compute_dtype, torch.float32)
-    return Generation(
-        tokens=torch.tensor(padded, device=device).repeat_interleave(num_samples, dim=0),
-        mask=torch.zeros(N, T, dtype=torch.bool, device=device),
-        prompt_lengths=lengths, lengths=lengths.clone(),
-        logps=torch.zeros(N, T, dtype=dtype, device=device),
-        entropy=torch.zeros(N, T, dtype=dtype, device=device),
-        finished=torch.zeros(N, dtype=torch.bool, device=device),
-        keep=torch.ones(N, T, config.vocab_size, dtype=torch.bool, device=device) if keep_sampling_mask else None,
-    )
+    blank = torch.zeros_like(tokens, dtype=torch.promote_types(model.compute_dtype, torch.float32))
+    return Generation(tokens, blank.bool(), lengths, lengths.clone(), logps=blank, entropy=blank.clone(),
+                      finished=torch.zeros_like(lengths, dtype=torch.bool))
 
 
-def _prefill(model: Transformer, out: Generation, num_samples: int, keep_routing: bool) -> tuple[Tensor, Cache]:
-    """Read each prompt once: logits behind the last token (N, V), and the cache with N rows."""
+def _prefill(model, out: Generation, num_samples: int, keep_routing: bool) -> tuple[Tensor, Cache]:
+    """Read each prompt once: the logits behind its last token, and the cache, for all N rows."""
     lengths = out.prompt_lengths[::num_samples]  # (prompts,)
     longest, T = int(lengths.max()), out.tokens.shape[1]
     cache = model.new_cache(len(lengths), T)
@@ -232,7 +232,7 @@ def _prefill(model: Transformer, out: Generation, num_samples: int, keep_routing
         is_prompt = torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)  # (prompts, longest)
         for chosen in model.routing:  # (prompts, longest, K)
             nobody = torch.arange(chosen.shape[-1], device=chosen.device)  # (K,)
-            kept = nobody.expand(len(lengths), T, -1).clone()
+            kept = nobody.repeat(len(lengths), T, 1)  # (prompts, T, K)
             kept[:, :longest] = torch.where(is_prompt.unsqueeze(-1), chosen, nobody)
             out.routing.append(kept.repeat_interleave(num_samples, dim=0))
     if num_samples == 1:
@@ -240,52 +240,47 @@ def _prefill(model: Transformer, out: Generation, num_samples: int, keep_routing
     return logits.repeat_interleave(num_samples, dim=0), cache.repeat_interleave(num_samples)
 
 
-def _record(out: Generation, draw: Draw, is_stop, rows, at, is_alive, on_token) -> None:
-    """Write the drawn tokens of the rows that are alive."""
-    rows, at = rows[is_alive], at[is_alive]
-    out.tokens[rows, at] = draw.token[is_alive]
-    out.mask[rows, at] = True
-    out.logps[rows, at] = draw.logp[is_alive]
-    out.entropy[rows, at] = draw.entropy[is_alive]
-    out.lengths[rows] = at + 1
-    out.finished[rows] = is_stop[is_alive]
+def _record(out: Generation, rows, at, is_stop, token, logp, entropy, support) -> None:
+    """Write what the given rows drew at their positions `at`."""
+    out.tokens[rows, at], out.mask[rows, at] = token, True
+    out.logps[rows, at], out.entropy[rows, at] = logp, entropy
+    out.lengths[rows], out.finished[rows] = at + 1, is_stop
     if out.keep is not None:
-        out.keep[rows, at] = draw.support[is_alive]
-    if on_token is not None:
-        for row, token in zip(rows.tolist(), draw.token[is_alive].tolist()):
-            on_token(row, token)
+        out.keep[rows, at] = support
 
 
 def _trim(out: Generation) -> Generation:
     """Cut every (N, T, ...) field to the longest row."""
     T = int(out.lengths.max())
-    for name in ("tokens", "mask", "logps", "entropy", "keep"):
-        if getattr(out, name) is not None:
-            setattr(out, name, getattr(out, name)[:, :T])
-    out.routing = out.routing and [kept[:, :T] for kept in out.routing]
-    return out
+    names = ("tokens", "mask", "logps", "entropy") + ("keep",) * (out.keep is not None)
+    routing = out.routing and [kept[:, :T] for kept in out.routing]
+    return replace(out, routing=routing, **{name: getattr(out, name)[:, :T] for name in names})
 
 
-def _check_request(config: Config, prompts, num_samples, max_new_tokens, temperature, top_k, top_p, seed) -> None:
+def _check_knobs(num_samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
     for name, value, wanted, is_met in (
-        ("temperature", temperature, "0 (greedy) or a positive number", 0 <= temperature < math.inf),
-        ("top_p", top_p, "above 0 and at most 1 (1 switches it off)", 0 < top_p <= 1),
-        ("top_k", top_k, "0 (off) or more", top_k >= 0),
         ("num_samples", num_samples, "at least 1", num_samples >= 1),
         ("max_new_tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),
-        ("seed", seed, f"one per prompt, {len(prompts)}", not isinstance(seed, Sequence) or len(seed) == len(prompts)),
-        ("prompts", prompts, "at least one", len(prompts) > 0),
+        ("temperature", temperature, "0 (greedy) or a positive number", 0 <= temperature < math.inf),
+        ("top_k", top_k, "0 (off) or more", top_k >= 0),
+        ("top_p", top_p, "above 0 and at most 1 (off)", 0 < top_p <= 1),
     ):
         if not is_met:
             raise UserError(f"{name}: got {value}, wanted {wanted}")
-    room = config.max_position_embeddings - 1
+
+
+def _check_prompts(config: Config, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> None:
+    if len(prompts) == 0:
+        raise UserError("prompts: got none, wanted at least one")
+    context, vocab = config.max_position_embeddings, config.vocab_size
     for i, prompt in enumerate(prompts):
-        if not 1 <= len(prompt) <= room:
-            raise UserError(f"prompt {i}: got {len(prompt)} tokens, wanted 1 to {room} so that the context "
-                            f"({room + 1}) has room for an answer")
-        if not (0 <= min(prompt) and max(prompt) < config.vocab_size):
-            raise UserError(f"prompt {i}: token ids from {min(prompt)} to {max(prompt)}, the model knows 0 to "
-                            f"{config.vocab_size - 1}: is this the tokenizer it was trained with?")
+        if not 1 <= len(prompt) < context:
+            raise UserError(f"prompt {i}: got {len(prompt)} tokens, wanted 1 to {context - 1}, so that the "
+                            f"context of {context} has room for an answer")
+        low, high = min(*prompt, *stop_ids, 0), max(*prompt, *stop_ids, 0)
+        if low < 0 or high >= vocab:
+            raise UserError(f"prompt {i}: got token id {low if low < 0 else high}, wanted 0 to {vocab - 1}: is "
+                            "this the tokenizer that the model was trained with?")
 
 
 # ------------------------------------------------------------------------- tools of the command line programs
@@ -321,49 +316,37 @@ def parse_flags(cls, argv: Sequence[str], description: str):
     hints = get_type_hints(cls)
     for each in fields(cls):
         _add_flag(parser, each, hints[each.name])
-    end = argv.index("--") if "--" in argv else len(argv)
-    values, rest = parser.parse_known_args([_spelled(word) for word in argv[:end]] + list(argv[end:]))
-    flags = [flag for flag in parser._option_string_actions if flag.startswith("--")]
+    values, rest = parser.parse_known_args(list(argv))
     for word in rest:
         if word.startswith("-"):
             name = word.partition("=")[0]
-            raise UserError(f"unknown flag {name}{nearest(name, flags)}; --help lists all")
+            close = nearest(name.replace("-", "_"), ["__" + each.name for each in fields(cls)])
+            raise UserError(f"unknown flag {name}{close.replace('__', '--', 1)}; --help lists all")
         raise UserError(f"unexpected argument {word!r}: a text with spaces goes in quotes")
     return cls(**vars(values))
 
 
-def _spelled(word: str) -> str:
-    """`--Micro-batch=4` as the parser knows it: underscores in the name, the value untouched."""
-    if not word.startswith("--"):
-        return word
-    name, equals, value = word[2:].partition("=")
-    name = name.replace("-", "_")
-    return "--" + ("no-" + name[3:] if name.startswith("no_") else name) + equals + value
-
-
 def _add_flag(parser: argparse.ArgumentParser, each, kind) -> None:
-    meta, options = each.metadata, {}
-    is_list = get_origin(kind) is list
+    meta, is_list = each.metadata, get_origin(kind) is list
     allows_none = types.NoneType in get_args(kind)
     kind = next((part for part in get_args(kind) if part is not types.NoneType), kind)
     default = each.default_factory() if is_list else each.default
     shown = "" if default in (None, [], "") else f" [{default}]"
-    options["help"] = (meta.get("help", "") + shown).replace("%", "%%")
-    options["default"] = default
+    help = (meta["help"] + shown).replace("%", "%%")
+    options = {"default": default}
     if kind is bool:
-        parser.add_argument("--" + each.name, action=argparse.BooleanOptionalAction, **options)
-        return
-    options["type"] = _converter(kind, allows_none)
-    if "choices" in meta:
-        options["choices"] = meta["choices"]
+        options["action"] = argparse.BooleanOptionalAction
     else:
-        options["metavar"] = kind.__name__
+        options["type"] = _converter(kind, allows_none)
+        options |= {"choices": meta["choices"]} if "choices" in meta else {"metavar": kind.__name__}
+    if is_list:
+        options |= {"nargs": "+", "action": "extend"}
     if meta.get("positional"):
-        parser.add_argument(each.name, nargs="?", **options | {"metavar": each.name})
-    elif is_list:
-        parser.add_argument("--" + each.name, nargs="+", action="extend", **options)
-    else:
-        parser.add_argument("--" + each.name, **options)
+        parser.add_argument(each.name, nargs="?", help=help, **options | {"metavar": each.name})
+        return
+    spellings = {each.name.replace("_", "-"): argparse.SUPPRESS, each.name: help}  # --help shows one
+    for name, text in spellings.items():
+        parser.add_argument("--" + name, dest=each.name, help=text, **options)
 
 
 def _converter(kind, allows_none: bool) -> Callable[[str], object]:
@@ -405,15 +388,16 @@ def pick_device(name: str) -> torch.device:
     if name not in has:
         raise UserError(f"device: got {name!r}, wanted auto, cpu, cuda or mps{nearest(name, has)}")
     if not has[name]:
-        raise UserError(f"device: {name} was asked for, this machine has {', '.join(k for k in has if has[k])} only")
+        raise UserError(f"device: got {name}, this machine has {', '.join(k for k in has if has[k])} only")
     return torch.device(name)
 
 
 def newest_run(root: str | Path = "out") -> Path:
     """The checkpoint directory below `root` that was written last. Raises UserError when there is none."""
-    weights = [path for path in Path(root).rglob("model*.safetensors") if (path.parent / "config.json").exists()]
+    weights = Path(root).rglob("model*.safetensors")
+    weights = [path for path in weights if (path.parent / "config.json").exists()]
     if not weights:
-        raise UserError(f"no checkpoint below {root}/: make one with python train.py, or name one with --checkpoint")
+        raise UserError(f"no checkpoint below {root}/: python train.py makes one, --checkpoint names another")
     return max(weights, key=lambda path: path.stat().st_mtime_ns).parent
 
 
@@ -449,43 +433,37 @@ def encode_prompt(tokenizer, text: str, chat: bool) -> list[int]:
     return tokenizer.encode_trusted(before) + tokenizer.encode(text) + tokenizer.encode_trusted(after)
 
 
-class Printer:
-    """Prints row 0 while it is made and keeps the others for later; whole characters only."""
+def printer(tokenizer) -> Callable[[int, int], None]:
+    """An `on_token` that prints row 0 as it is made, whole characters only."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    def show(row: int, token: int) -> None:
+        if row == 0 and token != tokenizer.eos_id:
+            print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
 
-    def __call__(self, row: int, token: int) -> None:
-        if row == 0 and token != self.tokenizer.eos_id:
-            print(self.decoder.decode(self.tokenizer.decode_bytes([token])), end="", flush=True)
-
-    def close(self) -> None:
-        """Ends the line; a character that never became whole shows as a replacement mark."""
-        print(self.decoder.decode(b"", final=True))
+    return show
 
 
 def main(argv: list[str]) -> None:
     """Continue a prompt: the first sample streams, the others follow."""
-    from data.tokenizer import load_tokenizer
-
     knobs = parse_flags(SampleConfig, argv, "Continue a text with a checkpoint.")
     if not knobs.prompt:
         raise UserError('the prompt is empty: python sample.py "Once upon a time"')
     device = pick_device(knobs.device)
     directory = Path(knobs.checkpoint) if knobs.checkpoint else newest_run()
+    from data.tokenizer import load_tokenizer
+
     model, tokenizer = load_pretrained(directory, device=device), load_tokenizer(directory)
     prompt = os.fsencode(knobs.prompt).decode(errors="replace")  # bytes that are no UTF-8
     ids = encode_prompt(tokenizer, prompt, knobs.chat)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     lead = "" if knobs.chat else prompt
-    printer = Printer(tokenizer)
     started = time.perf_counter()
     print(lead, end="", flush=True)
     out = generate(model, [ids], num_samples=knobs.num_samples, max_new_tokens=knobs.max_new_tokens,
                    temperature=knobs.temperature, top_k=knobs.top_k, top_p=knobs.top_p,
-                   stop_ids=[tokenizer.eos_id], seed=knobs.seed, on_token=printer)
-    printer.close()
+                   stop_ids=[tokenizer.eos_id], seed=knobs.seed, on_token=printer(tokenizer))
+    print()
     seconds = time.perf_counter() - started
     for row in range(1, knobs.num_samples):
         print(f"--- {row + 1}\n{lead}{tokenizer.decode(out.completion(row))}")
