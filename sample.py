@@ -312,7 +312,8 @@ def parse_flags(cls, argv: Sequence[str], description: str):
     >>> parse_flags(Knobs, ["--micro-batch", "4"], "example")
     Knobs(micro_batch=4)
     """
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = get_type_hints(cls)
     for each in fields(cls):
         _add_flag(parser, each, hints[each.name])
