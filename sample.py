@@ -146,6 +146,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
     """
     _check_prompts(model.config, prompts, stop_ids)
     _check_knobs(num_samples, max_new_tokens, temperature, top_k, top_p)
+    max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings)
     device = model.lm_head.weight.device
     noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens).to(device)  # (N, max_new_tokens)
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)

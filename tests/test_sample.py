@@ -271,6 +271,8 @@ def test_kept_routing_is_that_of_the_full_pass_and_replays(model):
 def test_rows_end_at_the_context_while_shorter_ones_go_on(model):
     out = generate(model, some_prompts(60, 10, 63), max_new_tokens=40, seed=0)
     assert out.lengths.tolist() == [64, 50, 64] and not out.finished.any()
+    endless = generate(model, some_prompts(60, 10), max_new_tokens=10**15, seed=0)
+    assert endless.lengths.tolist() == [64, 64] and endless.completion(1)[:40] == out.completion(1)
     torch.testing.assert_close(out.logps[:, 1:], recomputed_logps(model, out), atol=2e-5, rtol=0)
 
 
