@@ -137,7 +137,7 @@ class Config:
         names = {field.name for field in fields(cls)}
         own = {key: value for key, value in values.items() if key in names}
         own = _BY_MODEL_TYPE[kind] | {k: v for k, v in own.items() if v is not None or k == "q_lora_rank"}
-        return cls(**own, **_read_rope(values))
+        return cls(**(own | _read_rope(values)))
 
     def to_dict(self) -> dict:
         """The `config.json` in its public form, which transformers loads."""
@@ -184,6 +184,8 @@ def _read_rope(values: dict) -> dict:
         out["rope_original_max_position_embeddings"] = int(length)
         for key, default in (("beta_fast", 32), ("beta_slow", 1), ("mscale", 1), ("mscale_all_dim", 0)):
             out["rope_" + key] = float(rope.get(key) or default)
+        if not out["rope_mscale_all_dim"]:
+            out["rope_mscale"] = 1.0  # transformers looks at mscale only where both are given
     return out
 
 
