@@ -115,7 +115,7 @@ def latent_attention_fused(q_latent, q_pe, c_kv, k_pe, positions, scale):
     B, T, H, R = q_latent.shape
     S = c_kv.shape[1]
     scores = torch.bmm(q_latent.reshape(B, T * H, R), c_kv.transpose(1, 2))  # (B, T*H, S)
-    scores = torch.baddbmm(scores, q_pe.reshape(B, T * H, -1), k_pe.transpose(1, 2), beta=scale, alpha=scale)
+    scores = torch.baddbmm(scores, q_pe.reshape(B, T * H, q_pe.shape[-1]), k_pe.transpose(1, 2), beta=scale, alpha=scale)
     hidden = torch.arange(S, device=c_kv.device) > positions[:, :, None]  # (B, T, S)
     wide = scores.view(B, T, H, S).to(at_least_float32(c_kv.dtype))
     weights = wide.masked_fill_(hidden[:, :, None], float("-inf")).softmax(-1).to(c_kv.dtype)

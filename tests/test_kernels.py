@@ -1,0 +1,215 @@
+"""Every operation of the registry: fused and reference against each other and against float64."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import kernels
+from kernels import IGNORE, OPS, select
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Small tensors: a second thread only gets in the way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# largest error relative to the largest value of the float64 result
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 6e-2}
+
+
+def rms_norm_inputs(n=7, C=24):
+    return (torch.randn(n, 3, C), torch.randn(C), 1e-6)
+
+
+def rope_inputs(B=2, T=5, H=3, P=8, rows=1):
+    angle = torch.randn(rows, T, 1, P // 2)
+    return (torch.randn(B, T, H, P), angle.cos(), angle.sin())
+
+
+def attention_inputs(B=2, T=150, H=3, D=6, P=4, Dv=5):
+    widths = ((B, T, H, D), (B, T, H, P), (B, T, H, D), (B, T, P), (B, T, H, Dv))
+    return (*(torch.randn(shape) for shape in widths), 0.3)
+
+
+def latent_inputs(B=2, T=3, S=9, H=3, R=10, P=4):
+    positions = torch.arange(S - T, S).repeat(B, 1)  # (B, T)
+    positions[:1] -= min(1, S - T)  # rows of different length
+    return (torch.randn(B, T, H, R), torch.randn(B, T, H, P), torch.randn(B, S, R), torch.randn(B, S, P), positions, 0.3)
+
+
+def expert_inputs(N=40, C=12, F=5, E=6, K=2, idle=0):
+    """The last `idle` experts get no token."""
+    topk_idx = torch.rand(N, E - idle).argsort(-1)[:, :K]  # (N, K) distinct
+    return (torch.randn(N, C), torch.randn(E, 2 * F, C), torch.randn(E, C, F), topk_idx, torch.rand(N, K))
+
+
+def loss_inputs(N=300, C=12, V=50, ignored=0.3):
+    targets = torch.randint(0, V, (N,))
+    return (torch.randn(N, C), torch.randn(V, C), targets.masked_fill(torch.rand(N) < ignored, IGNORE))
+
+
+CASES = {
+    "rms_norm": [rms_norm_inputs(), rms_norm_inputs(1, 1), rms_norm_inputs(0, 4), rms_norm_inputs(2, 33)],
+    "apply_rope": [rope_inputs(), rope_inputs(1, 1, 1, 2), rope_inputs(B=0), rope_inputs(rows=2)],
+    "causal_attention": [attention_inputs(), attention_inputs(T=1), attention_inputs(B=0, T=3), attention_inputs(H=1),
+                         attention_inputs(1, 128), attention_inputs(T=5, D=3, P=2, Dv=9), attention_inputs(1, 300, 2)],
+    "latent_attention": [latent_inputs(), latent_inputs(T=1), latent_inputs(1, 1, 1), latent_inputs(B=0),
+                         latent_inputs(T=9), latent_inputs(H=1, R=3, P=2)],
+    "expert_ffn": [expert_inputs(), expert_inputs(idle=3), expert_inputs(N=1), expert_inputs(N=0), expert_inputs(E=1, K=1),
+                   expert_inputs(N=3, E=32, K=3), expert_inputs(N=700, F=7, K=3), expert_inputs(N=9, K=6)],
+    "linear_cross_entropy": [loss_inputs(), loss_inputs(N=1, ignored=0), loss_inputs(N=0), loss_inputs(ignored=1.0),
+                             loss_inputs(N=2500, V=7), loss_inputs(C=1, V=3)],
+}
+EVERY = [pytest.param(name, i, id=f"{name}-{i}") for name in OPS for i in range(len(CASES[name]))]
+
+
+def cast(inputs, dtype):
+    """The inputs as leaves of `dtype`; what never leaves float32 in the model (angles, gates) stays float32."""
+    def one(x, like):
+        if not torch.is_tensor(x) or not x.is_floating_point():
+            return x
+        return x.to(torch.promote_types(dtype, torch.float32) if like else dtype).clone()
+
+    return [one(x, like) for x, like in zip(inputs, is_wide(inputs))]
+
+
+def is_wide(inputs):
+    """Which inputs stay in float32: cos and sin of RoPE, the gates of the experts."""
+    is_rope = len(inputs) == 3 and torch.is_tensor(inputs[1]) and inputs[1].ndim == 4
+    is_experts = len(inputs) == 5
+    return [is_rope and i > 0 or is_experts and i == 4 for i in range(len(inputs))]
+
+
+def needs_grad(name, x):
+    return torch.is_tensor(x) and x.is_floating_point()
+
+
+def run(function, inputs, name, seed=0):
+    """Result and every gradient under a random outside gradient."""
+    inputs = [x.requires_grad_() if needs_grad(name, x) else x for x in inputs]
+    differentiated = [x for i, x in enumerate(inputs) if needs_grad(name, x) and not (name == "apply_rope" and i)]
+    out = function(*inputs)
+    outside = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, differentiated, outside)]
+
+
+def assert_close(got, exact, tolerance, what):
+    assert got.shape == exact.shape, what
+    if exact.numel():
+        error = (got.double() - exact.double()).abs().max() / exact.double().abs().max().clamp(min=1)
+        assert error <= tolerance, f"{what}: relative error {error:.2e}, wanted {tolerance:.0e}"
+
+
+def test_registry_is_complete():
+    assert set(OPS) == set(CASES) == set(kernels.Kernels._fields) - {"reasons"}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+@pytest.mark.parametrize("name,case", EVERY)
+def test_values_and_gradients_are_those_of_the_float64_reference(name, case, impl, dtype):
+    torch.manual_seed(case)
+    rounded = cast(CASES[name][case], dtype)
+    exact = run(OPS[name].reference, cast(rounded, torch.float64), name)
+    got = run(getattr(OPS[name], impl), rounded, name)
+    wanted = torch.promote_types(dtype, torch.float32) if name == "linear_cross_entropy" else dtype
+    assert got[0].dtype == wanted
+    for i, (g, e) in enumerate(zip(got, exact, strict=True)):
+        assert_close(g, e, TOLERANCE[dtype], f"{name} case {case}, {'value' if i == 0 else f'gradient {i}'}")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_inputs_need_not_be_contiguous(name):
+    inputs = cast(CASES[name][0], torch.float64)
+    exact = run(OPS[name].reference, cast(inputs, torch.float64), name)
+    strided = [x.mT.contiguous().mT if torch.is_tensor(x) and x.ndim > 1 else x for x in inputs]
+    wide = [torch.stack((x, x), -1)[..., 0] if torch.is_tensor(x) else x for x in inputs]
+    for variant in (strided, wide):
+        for impl in ("reference", "fused"):
+            for g, e in zip(run(getattr(OPS[name], impl), [x.detach() if torch.is_tensor(x) else x for x in variant],
+                                name), exact):
+                assert_close(g, e, 1e-12, f"{name} {impl}")
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_fused_gradients_agree_with_finite_differences(name):
+    inputs = {"rms_norm": rms_norm_inputs(2, 3), "apply_rope": rope_inputs(1, 2, 1, 4),
+              "causal_attention": attention_inputs(1, 4, 2, 2, 2, 3), "latent_attention": latent_inputs(1, 2, 4, 2, 3, 2),
+              "expert_ffn": expert_inputs(5, 3, 2, 3, 2), "linear_cross_entropy": loss_inputs(5, 3, 4)}[name]
+    inputs = cast(inputs, torch.float64)
+    leaves = [x.requires_grad_() if needs_grad(name, x) and not (name == "apply_rope" and i) else x
+              for i, x in enumerate(inputs)]
+    assert torch.autograd.gradcheck(OPS[name].fused, leaves, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_inputs_and_outside_gradient_are_left_alone(name):
+    inputs = [x.requires_grad_() if needs_grad(name, x) else x for x in cast(CASES[name][0], torch.float32)]
+    before = [x.clone() if torch.is_tensor(x) else x for x in inputs]
+    out = OPS[name].fused(*inputs)
+    outside = torch.randn_like(out)
+    kept = outside.clone()
+    out.backward(outside)
+    assert torch.equal(outside, kept)
+    for x, y in zip(inputs, before):
+        assert not torch.is_tensor(x) or torch.equal(x, y)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_no_gradient_no_graph_same_values(name):
+    inputs = cast(CASES[name][0], torch.float32)
+    with torch.inference_mode():
+        out = OPS[name].fused(*inputs)
+    assert_close(out, OPS[name].fused(*inputs), 1e-6, name)
+
+
+def test_a_broken_twin_is_found():
+    """The comparison itself must be able to fail."""
+    inputs = cast(CASES["rms_norm"][0], torch.float32)
+    exact = run(OPS["rms_norm"].reference, cast(inputs, torch.float64), "rms_norm")
+    broken = run(lambda x, w, eps: OPS["rms_norm"].fused(x, w, eps) * (1 + 1e-3), inputs, "rms_norm")
+    with pytest.raises(AssertionError):
+        assert_close(broken[0], exact[0], TOLERANCE[torch.float32], "rms_norm")
+
+
+def test_a_huge_loss_stays_finite():
+    h, weight = torch.tensor([[1.0]]), torch.tensor([[300.0], [-300.0], [0.0]])
+    targets = torch.tensor([1])
+    for impl in ("reference", "fused"):
+        nll = getattr(OPS["linear_cross_entropy"], impl)(h.requires_grad_(), weight, targets)
+        assert nll.item() == pytest.approx(600.0)
+
+
+def test_latent_attention_gives_padding_no_weight():
+    """Slots behind a row's position may hold anything, even after a longer row filled the batch."""
+    q, q_pe, c_kv, k_pe, positions, scale = latent_inputs(T=1)
+    for impl in ("reference", "fused"):
+        attend = getattr(OPS["latent_attention"], impl)
+        clean = attend(q, q_pe, c_kv, k_pe, positions, scale)
+        dirty = c_kv.clone()
+        dirty[0, positions[0, -1] + 1 :] = 1e4
+        torch.testing.assert_close(attend(q, q_pe, dirty, k_pe, positions, scale), clean)
+
+
+def test_select_knows_two_sides():
+    assert select("fused").expert_ffn is OPS["expert_ffn"].fused
+    assert select("reference").rms_norm is OPS["rms_norm"].reference
+    with pytest.raises(ValueError, match="wanted 'reference' or 'fused'"):
+        select("triton")
+
+
+def test_triton_is_never_imported(tmp_path):
+    """Even where a package of that name is installed."""
+    (tmp_path / "triton.py").write_text("raise SystemExit('triton was imported')")
+    code = "import sys, torch, kernels; before = set(sys.modules)\n" \
+           "kernels.select('fused').rms_norm(torch.ones(2, 2, requires_grad=True), torch.ones(2), 1e-6).sum().backward()\n" \
+           "assert not any(m.split('.')[0] == 'triton' for m in set(sys.modules)), 'triton'"
+    path = f"import sys; sys.path[:0] = {[str(tmp_path), str(sys.path[0] or '.'), '.']!r}\n"
+    result = subprocess.run([sys.executable, "-c", path + code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr + result.stdout
