@@ -87,14 +87,18 @@ class Config:
     def __post_init__(self):
         for name, wanted, is_met in self._rules():
             if not is_met:
-                raise UserError(f"config: {name} is {getattr(self, name)}, wanted {wanted}")
+                raise UserError(f"config: {name} is {getattr(self, name)!r}, wanted {wanted}")
 
     def _rules(self) -> Iterator[tuple[str, str, bool]]:
         for field in fields(self):
-            if field.type in ("int", int) and field.name not in _MAY_BE_ZERO:
-                yield field.name, "at least 1", getattr(self, field.name) >= 1
+            value, least = getattr(self, field.name), int(field.name not in _MAY_BE_ZERO)
+            if field.type is bool:
+                yield field.name, "true or false", isinstance(value, bool)
+            elif field.type is float:
+                yield field.name, "a finite number, not negative", _is_number(value) and 0 <= value < math.inf
+            elif field.type is int or (field.type is not str and value is not None):
+                yield field.name, f"a whole number, at least {least}", isinstance(value, int) and value >= least
         E, K, groups = self.n_routed_experts, self.num_experts_per_tok, self.n_group
-        yield "q_lora_rank", "None or at least 1", self.q_lora_rank is None or self.q_lora_rank >= 1
         yield "qk_rope_head_dim", "an even number (pairs are rotated)", self.qk_rope_head_dim % 2 == 0
         yield "num_experts_per_tok", f"at most n_routed_experts = {E}", K <= E
         yield "n_group", f"a divisor of n_routed_experts = {E}", E % groups == 0
@@ -107,6 +111,7 @@ class Config:
         top2 = groups == 1 or self.topk_method != "noaux_tc" or E // groups >= 2
         yield "n_group", "at least 2 experts per group (groups score by their top 2)", top2
         yield "rope_factor", "at least 1", self.rope_factor >= 1
+        yield "rope_theta", "above 1", self.rope_theta > 1
 
     @classmethod
     def preset(cls, name: str, **changes) -> "Config":
@@ -159,6 +164,10 @@ class Config:
         return layer >= self.first_k_dense_replace or layer >= self.num_hidden_layers
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 _MAY_BE_ZERO = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "bos_token_id", "eos_token_id")
 _ONLY = {"hidden_act": "silu", "tie_word_embeddings": False, "moe_layer_freq": 1, "rope_interleave": True,
          "mlp_bias": False, "quantization_config": None, "index_topk": None}
@@ -174,16 +183,18 @@ _BY_MODEL_TYPE = {
 def _read_rope(values: dict) -> dict:
     """The `rope_*` fields out of either form of config.json."""
     rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"config.json: rope settings are {rope!r}, wanted an object")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "yarn"):
         raise UserError(f"config.json: rope type is {kind!r}, wanted 'default' or 'yarn'")
-    out = {"rope_theta": float(rope.get("rope_theta") or values.get("rope_theta") or 10000.0)}
+    out = {"rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0}
     if kind == "yarn":
-        out["rope_factor"] = float(rope["factor"])
+        out["rope_factor"] = rope.get("factor")
         length = rope.get("original_max_position_embeddings") or values.get("max_position_embeddings")
-        out["rope_original_max_position_embeddings"] = int(length)
+        out["rope_original_max_position_embeddings"] = length
         for key, default in (("beta_fast", 32), ("beta_slow", 1), ("mscale", 1), ("mscale_all_dim", 0)):
-            out["rope_" + key] = float(rope.get(key) or default)
+            out["rope_" + key] = rope.get(key) or default
         if not out["rope_mscale_all_dim"]:
             out["rope_mscale"] = 1.0  # transformers looks at mscale only where both are given
     return out
