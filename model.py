@@ -766,6 +766,16 @@ class Transformer(nn.Module):
             raise UserError(f"context: {used} + {tokens.shape[1]} tokens, at most {limit} fit: shorten the text")
         if targets is not None and targets.shape != tokens.shape:
             raise UserError(f"targets: shape {tuple(targets.shape)}, wanted that of tokens {tuple(tokens.shape)}")
+        for ids in (tokens, None if targets is None else targets.masked_fill(targets == IGNORE, 0)):
+            if ids is not None and ids.device.type == "cpu":  # on a GPU the look would wait for the device
+                _check_ids(ids, self.config.vocab_size)
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(wrong):
+        raise UserError(f"token id {wrong[0]}: the model's vocabulary is 0 to {vocab_size - 1} "
+                        f"(vocab_size {vocab_size}); the text comes from another tokenizer")
 
 
 def _reduce(nll: Tensor, mask: Tensor, reduction: str) -> Tensor:
