@@ -1,0 +1,454 @@
+"""model.py against oracles: transformers, loops in float64, closed formulas, DeepSeek's published figures."""
+
+import math
+import sys
+from dataclasses import fields
+
+import checks
+import pytest
+import torch
+from checks import ARCHITECTURES, YARN, build, close, random_text
+
+import model as ours
+from data import UserError
+from model import PRESETS, Cache, Config, Transformer, count_parameters, flops_per_token, rope_frequencies
+
+IMPLS = ["reference", "fused"]
+# facts from DeepSeek's and Moonshot's published config.json files
+PUBLISHED = {  # d, L, dense, H, q_rank, kv_rank, d_ff, d_e, E, shared, vocab, K, groups, kept, gate, factor, theta, yarn
+    "v3": (7168, 61, 3, 128, 1536, 512, 18432, 2048, 256, 1, 129280, 8, 8, 4, "sigmoid", 2.5, 1e4, 40),
+    "v2": (5120, 60, 1, 128, 1536, 512, 12288, 1536, 160, 2, 102400, 6, 8, 3, "softmax", 16.0, 1e4, 40),
+    "v2-lite": (2048, 27, 1, 16, None, 512, 10944, 1408, 64, 2, 102400, 6, 1, 1, "softmax", 1.0, 1e4, 40),
+    "moonlight": (2048, 27, 1, 16, None, 512, 11264, 1408, 64, 2, 163840, 6, 1, 1, "sigmoid", 2.446, 5e4, 1),
+    "kimi-k2": (7168, 61, 1, 64, 1536, 512, 18432, 2048, 384, 1, 163840, 8, 1, 1, "sigmoid", 2.827, 5e4, 32),
+}
+TOTALS = {"v3": 671_026_419_200, "v2": 235_741_434_880, "v2-lite": 15_706_484_224, "moonlight": 15_960_110_208,
+          "kimi-k2": 1_026_408_232_448}
+
+
+# ------------------------------------------------------------------------------- equal to transformers
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_equal_transformers(name, impl):
+    checks.logits_equal_transformers(impl, T=200, **ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize("name", ["v3", "v3 yarn", "v3 attention bias", "v2", "v2-lite"])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_gradients_equal_transformers_in_float64(name, impl):
+    checks.gradients_equal_transformers(impl, **ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize("impl, modules", [("reference", 1), ("fused", 2)])
+def test_mtp_equals_transformers_own_modules(impl, modules):
+    checks.mtp_equals_transformers(impl, modules)
+    checks.mtp_gradients_equal_transformers(impl, modules)
+
+
+def test_mtp_after_yarn_and_in_a_model_of_dense_layers():
+    checks.mtp_equals_transformers(**YARN)
+    checks.mtp_equals_transformers(first_k_dense_replace=5)  # the module itself always has experts
+
+
+# ---------------------------------------------------------------------------------- attention and cache
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["v3 yarn", "v3 attention bias", "v2-lite"])
+def test_absorbed_equals_expanded(name, impl):
+    checks.absorbed_equals_expanded(impl, **ARCHITECTURES[name])
+    checks.absorbed_equals_expanded(impl, torch.float64, **ARCHITECTURES[name])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("chunks", [(1,) * 12, (5, 1, 2, 4)])
+def test_decoding_unequal_prompts_equals_one_pass(impl, chunks):
+    checks.decoding_equals_one_pass(impl, chunks, **YARN)
+
+
+def test_prefill_in_chunks_equals_one_pass():
+    model = build()
+    tokens, _ = random_text(model.config, T=30)
+    cache = model.new_cache(2, 30)
+    with torch.no_grad():
+        parts = []
+        for size in (1, 12, 17):
+            parts.append(model(tokens[:, cache.longest : cache.longest + size], cache=cache))
+            cache.advance(size)
+        close(torch.cat(parts, 1), model(tokens), checks.TOLERANCE, "chunked prefill")
+
+
+def test_cache_is_exactly_the_latents():
+    checks.cache_holds_latents_only()
+    checks.cache_holds_latents_only(kv_lora_rank=20, qk_rope_head_dim=6, num_hidden_layers=2)
+    with torch.device("meta"):
+        cache = Cache(Config.preset("v3"), 1, 1000, dtype=torch.bfloat16)
+    assert cache.buffer.nbytes == 1000 * 70_272  # bytes per token that DeepSeek publishes for V3
+
+
+def test_cache_rows_can_be_chosen_and_repeated():
+    model = build()
+    tokens, _ = random_text(model.config, B=3, T=20)
+    cache = model.new_cache(3, 20)
+    with torch.no_grad():
+        model(tokens[:, :10], cache=cache)
+        cache.advance(torch.tensor([10, 4, 7]))
+        chosen = cache.select(torch.tensor([1, 2])).repeat_interleave(2)
+        assert chosen.length.tolist() == [4, 4, 7, 7] and chosen.longest == 7
+        got = model(torch.stack([tokens[1, 4:6]] * 2 + [tokens[2, 7:9]] * 2), cache=chosen)
+        whole = model(tokens)
+    wanted = torch.stack([whole[1, 4:6]] * 2 + [whole[2, 7:9]] * 2)
+    close(got, wanted, checks.TOLERANCE, "selected and repeated rows")
+    assert cache.length.tolist() == [10, 4, 7], "a selection is a copy"
+
+
+def test_the_model_never_moves_the_cache_and_last_only_picks():
+    model = build()
+    tokens, _ = random_text(model.config, T=9)
+    cache = model.new_cache(2, 12)
+    with torch.no_grad():
+        all_logits = model(tokens, cache=cache)
+        assert cache.length.tolist() == [0, 0]
+        picked = model(tokens, cache=cache, last_only=torch.tensor([8, 3]))
+    close(picked, torch.stack([all_logits[0, 8], all_logits[1, 3]]), 1e-5, "picked positions")
+
+
+@pytest.mark.parametrize("factor, fast, slow", [(40.0, 32.0, 1.0), (32.0, 1.0, 1.0), (4.0, 8.0, 2.0)])
+def test_yarn_frequencies_follow_the_closed_formula(factor, fast, slow):
+    config = Config.preset("v3", rope_factor=factor, rope_beta_fast=fast, rope_beta_slow=slow)
+    if fast == slow:  # Kimi-K2: no ramp, a step between two pairs
+        got = rope_frequencies(config)
+        plain = rope_frequencies(Config.preset("v3", rope_factor=1.0))
+        ratio = (plain / got).tolist()
+        step = next(i for i, r in enumerate(ratio) if r > 1.01)
+        cut = 64 * math.log(4096 / (2 * math.pi)) / (2 * math.log(1e4))
+        assert step == math.ceil(cut) and ratio[:step] == pytest.approx([1.0] * step)
+        assert ratio[step:] == pytest.approx([factor] * (32 - step), rel=1e-5)
+    else:
+        wanted = checks.yarn_frequencies(64, 1e4, factor, 4096, fast, slow)
+        assert rope_frequencies(config).tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ router
+
+
+@pytest.mark.parametrize("name", ["v3", "v3 gates not normalised", "moonlight", "v2", "v2-lite"])
+@pytest.mark.parametrize("bias_mean", [0.0, -5.0])
+def test_router_follows_the_official_rule(name, bias_mean):
+    checks.router_follows_the_official_rule(bias_mean, **ARCHITECTURES[name])
+
+
+def test_router_is_the_same_in_training_evaluation_and_bf16():
+    checks.training_and_evaluation_route_alike()
+    checks.router_follows_the_official_rule(training=True)
+    checks.router_stays_in_float32()
+
+
+def test_replayed_routing_gives_the_same_pass_and_live_gates():
+    model = build()
+    tokens, targets = random_text(model.config)
+    with torch.no_grad():
+        logits = model(tokens)
+        chosen = model.routing
+        assert [idx.shape for idx in chosen] == [(2, 40, 4)] * 2
+        close(model(tokens, replay=chosen), logits, 1e-6, "replay of its own choice")
+        other = [(idx + 1) % 16 for idx in chosen]
+        assert (model(tokens, replay=other) - logits).abs().max() > 0.1
+        assert all(torch.equal(a, b) for a, b in zip(model.routing, other))
+    model(tokens, targets, replay=other, mtp=False)["ce"].backward()
+    grad = model.model.layers[1].mlp.gate.weight.grad
+    assert grad is not None and grad.abs().sum() > 0, "gates are computed again from the live affinities"
+
+
+# ------------------------------------------------------------------------------------- balancing, losses
+
+
+def test_counts():
+    checks.counts_are_of_trained_tokens()
+    checks.nothing_but_training_counts()
+    checks.micro_batches_give_the_bias_of_one_batch()
+
+
+def test_bias():
+    checks.bias_moves_by_the_sign_of_the_load()
+    checks.bias_is_state_and_not_a_weight()
+    checks.load_evens_out()
+
+
+def test_idle_experts_keep_the_model_finite_and_rise():
+    """More experts than tokens: most get nothing, all keep a gradient (DDP needs one) and the bias lifts them."""
+    model = build(n_routed_experts=64, n_group=1, topk_group=1).train()
+    checks.training_pass(model, *random_text(model.config, B=1, T=3))
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+    counts = [c > 0 for c in checks.step_counts(model)]
+    before = [moe.gate.e_score_correction_bias.clone() for _, moe in model.moe_layers()]
+    model.update_routing_bias(0.1)
+    for used, old, (_, moe) in zip(counts, before, model.moe_layers()):
+        moved = moe.gate.e_score_correction_bias - old
+        assert (moved[~used] > 0).all() and (~used).sum() > 40 and (moved[used] < 0).all()
+
+
+def test_balance_loss():
+    checks.balance_loss_equals_the_loops()
+    checks.balance_loss_sees_each_sequence()
+    checks.balance_loss_reaches_the_router()
+
+
+def test_balance_of_the_model_is_the_sum_over_its_layers():
+    model, caught = build(num_nextn_predict_layers=2), []
+    hooks = [moe.gate.register_forward_hook(lambda _m, _i, routing: caught.append(routing.affinity.double()))
+             for _, moe in model.moe_layers()]
+    tokens, targets = random_text(model.config, T=12)
+    targets[0, :5] = -100
+    with torch.no_grad():
+        got = model(tokens, targets)["balance"]
+    for hook in hooks:
+        hook.remove()
+    wanted = sum(checks.naive_balance(a, 4, targets[:, 12 - a.shape[1] :] != -100).mean() for a in caught)
+    assert len(caught) == 4 and got.item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_losses_are_of_the_given_targets():
+    checks.cross_entropy_is_of_the_given_targets()
+    checks.head_is_not_the_embedding()
+
+
+def test_recomputation_changes_no_gradient():
+    grads = []
+    for recompute in (False, True):
+        model = build("fused").train()
+        model.recompute = recompute
+        checks.training_pass(model, *random_text(model.config))
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+    for name, grad in grads[0].items():
+        close(grads[1][name], grad, 1e-6, f"gradient of {name}")
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_nothing_sees_the_future(impl):
+    checks.nothing_sees_the_future(impl)
+
+
+def test_rows_of_a_batch_do_not_touch():
+    checks.rows_do_not_touch()
+
+
+def test_on_random_tokens_every_loss_stays_at_ln_vocab():
+    checks.random_tokens_stay_at_ln_vocab()
+
+
+def test_it_learns_to_count():
+    """Overfits "count up", and the greedy continuation counts by one: labels are shifted exactly once."""
+    V = 24
+    model = Transformer(Config.preset("tiny", vocab_size=V, hidden_size=48, num_hidden_layers=2)).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        start = torch.randint(V, (16, 1))
+        text = (start + torch.arange(9)) % V
+        losses = model(text[:, :-1], text[:, 1:])
+        (losses["ce"] + 0.3 * losses["mtp"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses["ce"] < 0.1 and losses["mtp"] < 0.2
+    text = torch.tensor([[5, 6, 7]])
+    for _ in range(4):
+        text = torch.cat((text, model.eval()(text)[:, -1:].argmax(-1)), 1)
+    assert text[0].tolist() == [5, 6, 7, 8, 9, 10, 11]
+
+
+def test_initialisation_is_what_it_says():
+    """Every matrix N(0, initializer_range), norms one, biases zero; twice the same from one seed."""
+    def make():
+        torch.manual_seed(7)
+        return Transformer(Config.preset("tiny", attention_bias=True, initializer_range=0.02))
+
+    one, two = make().state_dict(), make().state_dict()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, two[name])
+        if tensor.ndim > 1:
+            assert tensor.std().item() == pytest.approx(0.02, rel=0.1) and abs(tensor.mean()) < 2e-3, name
+        else:
+            assert (tensor == (1.0 if "norm" in name else 0.0)).all(), name
+
+
+# -------------------------------------------------------------------------------- presets, counts, knobs
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_presets_have_the_published_sizes_and_counts(name):
+    c, row = Config.preset(name), PUBLISHED[name]
+    gate = (c.num_experts_per_tok, c.n_group, c.topk_group, c.scoring_func, c.routed_scaling_factor, c.rope_theta,
+            c.rope_factor)
+    assert gate == row[11:]
+    sizes = (c.hidden_size, c.num_hidden_layers, c.first_k_dense_replace, c.num_attention_heads, c.q_lora_rank,
+             c.kv_lora_rank, c.intermediate_size, c.moe_intermediate_size, c.n_routed_experts, c.n_shared_experts,
+             c.vocab_size)
+    assert sizes == row[:11]
+    assert (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.attention_bias) == (128, 64, 128, False)
+    assert c.norm_topk_prob == (row[14] == "sigmoid") and c.num_nextn_predict_layers == (name == "v3")
+    methods = {"v2": "group_limited_greedy", "v2-lite": "greedy"}
+    assert c.topk_method == methods.get(name, "noaux_tc")
+    assert c.rms_norm_eps == (1e-5 if name == "moonlight" else 1e-6)
+    if c.rope_factor > 1:
+        mscale = 0.707 if name == "v2-lite" else 1.0
+        assert (c.rope_mscale, c.rope_mscale_all_dim, c.rope_original_max_position_embeddings) == (mscale, mscale, 4096)
+        assert (c.rope_beta_fast, c.rope_beta_slow) == ((1, 1) if name == "kimi-k2" else (32, 1))
+    counts = count_parameters(c)
+    wanted = checks.formula(*row[:11], has_bias=row[14] == "sigmoid", mtp=c.num_nextn_predict_layers, K=row[11])
+    assert wanted["main"] == TOTALS[name]
+    assert {key: counts[key] for key in wanted} == wanted and counts["total"] == wanted["main"] + wanted["mtp"]
+
+
+def test_v3_figures():
+    config = Config.preset("v3")
+    counts = count_parameters(config)
+    assert round(counts["active"] / 1e9, 1) == 36.6  # as DeepSeek's model page now says
+    assert round(flops_per_token(config, 4096) / 1e9) == 250  # arXiv 2505.09343, table 2
+    assert round(flops_per_token(Config.preset("v2"), 4096) / 1e9) == 155
+    assert counts["mtp"] == 11_610_068_224
+    assert round((counts["active"] + counts["embedding"]) / 1e9, 2) == 37.55
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_builds_on_the_meta_device(name):
+    with torch.device("meta"):
+        model = Transformer(Config.preset(name), init=False)
+    assert sum(t.numel() for t in model.state_dict().values()) == count_parameters(model.config)["total"]
+
+
+@pytest.mark.parametrize("name", ["tiny", "small", "medium"])
+def test_trainable_presets_have_every_feature_really_on(name):
+    c = Config.preset(name)
+    heads = c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim)
+    assert c.q_lora_rank < c.hidden_size and c.kv_lora_rank < min(c.hidden_size, heads)
+    assert 1 < c.topk_group < c.n_group and c.n_shared_experts and c.num_nextn_predict_layers == 1
+    assert 0 < c.first_k_dense_replace < c.num_hidden_layers and c.topk_method == "noaux_tc"
+    assert c.initializer_range == pytest.approx(0.5 / c.hidden_size**0.5, rel=0.05)  # V3's rule
+
+
+CHANGED = dict(vocab_size=96, hidden_size=80, intermediate_size=100, moe_intermediate_size=24, num_hidden_layers=2,
+               num_attention_heads=2, n_shared_experts=2, n_routed_experts=8, num_experts_per_tok=3, n_group=2,
+               topk_group=1, first_k_dense_replace=2, norm_topk_prob=False, routed_scaling_factor=1.0,
+               scoring_func="softmax", topk_method="greedy", q_lora_rank=None, kv_lora_rank=20, qk_nope_head_dim=8,
+               qk_rope_head_dim=8, v_head_dim=8, num_nextn_predict_layers=2, attention_bias=True,
+               max_position_embeddings=20, rms_norm_eps=0.1, initializer_range=0.1, rope_theta=100.0, rope_factor=2.0,
+               rope_original_max_position_embeddings=256, rope_beta_fast=4.0, rope_beta_slow=0.1, rope_mscale=0.5,
+               rope_mscale_all_dim=0.5, bos_token_id=3, eos_token_id=4)
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(Config)])
+def test_no_knob_without_an_effect(field):
+    """Each field of Config changes shapes, logits, the initial weights, the limit, or the written file."""
+    base = YARN | dict(num_hidden_layers=3)
+    assert getattr(Config.preset("tiny", **base), field) != CHANGED[field]
+    one, two = build(**base), build(**(base | {field: CHANGED[field]}))
+    assert one.config.to_dict() != two.config.to_dict()
+    tokens = random_text(one.config, T=30)[0] % 96
+    if field == "max_position_embeddings":
+        with pytest.raises(UserError, match="20"):
+            two(tokens)
+    elif field == "initializer_range":
+        assert not torch.equal(Transformer(one.config).lm_head.weight, Transformer(two.config).lm_head.weight)
+    elif field not in ("bos_token_id", "eos_token_id"):  # those are for whoever generates
+        shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (one, two)]
+        if shapes[0] == shapes[1]:
+            with torch.no_grad():
+                assert (one(tokens) - two(tokens)).abs().max() > 1e-3
+
+
+# -------------------------------------------------------------------------------------------- bad input
+
+
+BAD = {
+    "hidden_size": 0, "num_attention_heads": -1, "qk_rope_head_dim": 15, "num_experts_per_tok": 17, "n_group": 3,
+    "topk_group": 5, "scoring_func": "tanh", "topk_method": "best", "q_lora_rank": 0, "rope_factor": 0.5,
+    "vocab_size": 0, "n_shared_experts": -1, "first_k_dense_replace": -2, "num_nextn_predict_layers": -1,
+    "rms_norm_eps": -1e-6, "rope_theta": 0.0, "routed_scaling_factor": float("nan"), "kv_lora_rank": "32",
+    "num_hidden_layers": 2.5, "norm_topk_prob": "yes",
+}
+
+
+@pytest.mark.parametrize("field", BAD)
+def test_sizes_that_do_not_fit_are_one_line(field):
+    with pytest.raises(UserError, match=field) as caught:
+        Config.preset("tiny", **{field: BAD[field]})
+    assert "\n" not in str(caught.value) and "wanted" in str(caught.value)
+
+
+def test_combinations_that_do_not_fit():
+    with pytest.raises(UserError, match="num_experts_per_tok.*topk_group"):
+        Config.preset("tiny", topk_group=1, num_experts_per_tok=5)
+    with pytest.raises(UserError, match="2 experts per group"):
+        Config.preset("tiny", n_group=16, topk_group=8)
+
+
+def test_unknown_names_name_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'hidden_size'"):
+        Config.preset("tiny", hiden_size=3)
+    with pytest.raises(UserError, match="did you mean 'v2-lite'"):
+        Config.preset("v2lite")
+    with pytest.raises(Exception, match="hidden_size"):
+        Config.preset("tiny").hidden_size = 3  # frozen
+
+
+def test_text_that_does_not_fit():
+    model = build(max_position_embeddings=32)
+    tokens, _ = random_text(model.config, T=33)
+    with pytest.raises(UserError, match="33 tokens, at most 32"):
+        model(tokens)
+    cache = model.new_cache(2, 16)
+    model(tokens[:, :10], cache=cache)
+    cache.advance(10)
+    with pytest.raises(UserError, match=r"10 \+ 7 tokens, at most 16"):
+        model(tokens[:, :7], cache=cache)
+    with pytest.raises(UserError, match="targets"):
+        model(tokens[:, :5], tokens[:, :4])
+
+
+@pytest.mark.parametrize("bad", [256, -1])
+def test_token_ids_beyond_the_vocabulary(bad):
+    model = build()
+    tokens, targets = random_text(model.config, T=6)
+    tokens[1, 2] = bad
+    with pytest.raises(UserError, match=f"{bad}.*256"):
+        model(tokens)
+    with pytest.raises(UserError, match=f"{bad}.*256"):
+        model(targets, tokens)
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["tinny"], ["tinny", "did you mean 'tiny'"]), (["--help-me"], ["wanted"]), (["a", "b"], ["wanted"]),
+    (["empty"], ["config.json is missing"]),
+])
+def test_command_line_errors_are_one_line_and_exit_2(python, tmp_path, argv, words):
+    (tmp_path / "empty").mkdir()
+    done = python("model.py", *argv)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert all(word in done.stderr for word in words)
+
+
+def test_the_self_portrait_of_v3_has_the_published_numbers(python):
+    done = python("model.py", "v3")
+    assert done.returncode == 0, done.stderr
+    for number in ("671,026,419,200", "70,272", "250 GFLOP", "2.788M", "$5.576M", "36,625,618,432"):
+        assert number in done.stdout, number
+
+
+def test_the_self_portrait_knows_every_preset(capsys):
+    for name in PRESETS:
+        assert ours.main([name]) == 0
+        assert f"{count_parameters(Config.preset(name))['main']:,}" in capsys.readouterr().out
+
+
+def test_no_triton_even_when_it_is_installed(python, tmp_path):
+    (tmp_path / "triton.py").write_text("raise SystemExit('triton was imported')")
+    code = "import model; model.Transformer(model.Config.preset('tiny'))(__import__('torch').zeros(1, 4).long())"
+    import subprocess
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=checks.ROOT, capture_output=True, text=True,
+                          env={"PYTHONPATH": f"{tmp_path}:{checks.ROOT}", "PATH": ""})
+    assert done.returncode == 0, done.stderr
