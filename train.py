@@ -1,15 +1,16 @@
 """Pretraining: the loop around the model, and its run folder.
 
-    python train.py                                  preset tiny on the embedded corpus, a few minutes on a CPU
-    python train.py --data my/texts --name mine      your own text
-    python train.py --resume                         go on after Ctrl-C or a crash, bit for bit
-    torchrun --nproc_per_node=2 train.py             the same losses on two processes
+    python train.py                            preset tiny on the embedded corpus, a few minutes on a CPU
+    python train.py --data my/texts --name my  your own text
+    python train.py --resume                   go on after Ctrl-C or a crash, bit for bit
+    torchrun --nproc_per_node=2 train.py       the same losses on two processes
 
 A run lives in out/<name>/: the checkpoint (a Hugging Face directory), train.json, log.csv, three pictures,
 and state.safetensors, from which --resume goes on. Fine-tuning is the same `Trainer` with another loader.
 """
 
 import csv
+import gc
 import json
 import math
 import os
@@ -17,6 +18,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 from itertools import islice
@@ -82,7 +84,7 @@ class TrainConfig:
     eval_tokens: int = knob(8192, "tokens per evaluation and domain, of validation and of training text each")
     seed: int = knob(0, "seed of weights and data order")
     device: str = knob("auto", "auto, cpu, cuda or mps")
-    precision: str = knob("auto", "of activations; auto: bf16 where it is faster", choices=("auto", "fp32", "bf16"))
+    precision: str = knob("auto", "of activations; auto: the faster", choices=("auto", "fp32", "bf16"))
     impl: str = knob("fused", "twins of kernels.py", choices=("fused", "reference"))
     recompute: bool = knob(False, "keep block inputs only, compute activations again in the backward pass")
 
@@ -100,7 +102,8 @@ class TrainConfig:
         for i, name in enumerate(order):
             floor = getattr(self, order[i - 1]) if i else 0.0
             yield name, f"{floor} to 1 (they follow each other)", floor <= getattr(self, name) <= 1
-        yield "tokens_per_step", f"a multiple of seq_len = {self.seq_len}", self.tokens_per_step % self.seq_len == 0
+        is_whole = self.seq_len > 0 and self.tokens_per_step % self.seq_len == 0
+        yield "tokens_per_step", f"a multiple of seq_len = {self.seq_len}", is_whole
         yield "ramp_from", "above 0, at most 1", 0 < self.ramp_from <= 1
         is_plain = self.name not in ("", ".", "..") and Path(self.name).name == self.name
         yield "name", "a plain folder name (the place goes into --out)", is_plain
@@ -108,10 +111,10 @@ class TrainConfig:
 
 # Other training knobs that go with a preset; a flag on the command line still wins.
 RECIPES = {
-    "small": "--data tinystories:400 --tokenizer plainseek --steps 6000 --tokens_per_step 65536 --seq_len 1024 "
-             "--micro_batch 16 --lr 1e-3 --eval_every 500 --eval_tokens 65536 --ramp_from 0.25",
-    "medium": "--data fineweb:20 --tokenizer gpt2 --steps 20000 --tokens_per_step 524288 --seq_len 2048 "
-              "--micro_batch 8 --lr 5e-4 --eval_every 1000 --eval_tokens 262144 --ramp_from 0.25",
+    "small": "--data tinystories:400 --tokenizer plainseek --steps 6000 --tokens_per_step 65536 --lr 1e-3 "
+             "--seq_len 1024 --micro_batch 16 --eval_every 500 --eval_tokens 65536 --ramp_from 0.25",
+    "medium": "--data fineweb:20 --tokenizer gpt2 --steps 20000 --tokens_per_step 524288 --lr 5e-4 "
+              "--seq_len 2048 --micro_batch 8 --eval_every 1000 --eval_tokens 262144 --ramp_from 0.25",
 }
 # Knobs that may differ when a run is resumed: they change where and how it is computed, not what.
 FREE_ON_RESUME = {"resume", "overwrite", "out", "device", "impl", "recompute", "micro_batch"}
@@ -132,7 +135,7 @@ def model_changes(settings: list[str]) -> dict:
         try:
             changes[key] = words[value.lower()] if value.lower() in words else kinds[key](value)
         except ValueError:
-            raise UserError(f"set: {key} is {value!r}, wanted a value of type {kinds[key].__name__}") from None
+            raise UserError(f"set: {key} is {value!r}, wanted a {kinds[key].__name__}") from None
     return changes
 
 
@@ -160,8 +163,8 @@ class Plan:
     def __init__(self, config: TrainConfig, world_size: int = 1):
         full = config.tokens_per_step // config.seq_len
         if full % world_size:
-            raise UserError(f"tokens_per_step: its {full} sequences cannot be shared evenly by {world_size} ranks: "
-                            f"wanted a multiple of {world_size * config.seq_len} tokens")
+            raise UserError(f"tokens_per_step: {full} sequences cannot be shared by {world_size} ranks, wanted "
+                            f"a multiple of {world_size * config.seq_len}")
         self.config, self.steps = config, config.steps
         ramp, rise = max(1.0, config.ramp_until * config.steps), 1 - config.ramp_from
         shares = [config.ramp_from + rise * min(1.0, step / ramp) for step in range(self.steps)]
@@ -218,10 +221,13 @@ class Dist:
         """
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False, **options)
+        with warnings.catch_warnings():  # torch 2.13 has a second name for the option, torch 2.9 has not
+            warnings.simplefilter("ignore", FutureWarning)
+            return DistributedDataParallel(model, broadcast_buffers=False, **options)
 
     def close(self) -> None:
         if self.world_size > 1:
+            gc.collect()  # DDP's wrapper sits in a reference cycle and must be gone before its group
             dist.destroy_process_group()
 
 
@@ -266,8 +272,9 @@ def count_targets(targets: Tensor, config: Config, world: Dist) -> Tensor:
     return world.all_reduce_sum(torch.tensor(counts, dtype=torch.float64).to(targets.device))
 
 
-def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: Dist, *, micro_batch: int, lr: float,
-               mtp_loss_weight: float, aux_loss_alpha: float, bias_update_speed: float, clip: float = 1.0) -> dict:
+def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: Dist, *, micro_batch: int,
+               lr: float, mtp_loss_weight: float, aux_loss_alpha: float, bias_update_speed: float,
+               clip: float = 1.0) -> dict:
     """One optimizer step on this rank's share (n, T) of the global batch.
 
     `total = ce + mtp_loss_weight * mtp + aux_loss_alpha * balance`, each a mean over the real targets (or the
@@ -302,7 +309,7 @@ def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: Dist, *
 
 
 def update_routing(model: Transformer, speed: float, world: Dist) -> Tensor:
-    """Sum the routed tokens over ranks and move the routing bias once; returns the tokens, (MoE layers, E)."""
+    """Sum the routed tokens over ranks and move the routing bias once; returns them, (MoE layers, E)."""
     gates = [moe.gate for _, moe in model.moe_layers()]
     if not gates:
         return torch.zeros(0, 0)
@@ -314,7 +321,7 @@ def update_routing(model: Transformer, speed: float, world: Dist) -> Tensor:
 
 
 def max_violation(load: Tensor) -> float:
-    """MaxVio (LF section 3), mean over layers: how far the fullest expert is above its share. load (layers, E).
+    """MaxVio (LF section 3) of load (layers, E): excess of the fullest expert over its share, layers' mean.
 
     >>> max_violation(torch.tensor([[3.0, 1.0, 1.0, 3.0]]))
     0.5
@@ -363,8 +370,8 @@ class RunFolder:
     def start(self, knobs: dict, overwrite: bool = False) -> None:
         """Begin a new run. Raises UserError when a checkpoint is in the way."""
         if not overwrite and ((self.path / "model.safetensors").exists() or self.state_path.exists()):
-            raise UserError(f"{self.path} holds a run already: --resume goes on with it, --overwrite starts over, "
-                            "--name NAME begins another one")
+            raise UserError(f"{self.path} holds a run already: --resume goes on with it, --overwrite starts "
+                            "over, --name NAME begins another one")
         if self.is_main:
             write_json(self.knobs_path, knobs)
             self.state_path.unlink(missing_ok=True)
@@ -380,14 +387,15 @@ class RunFolder:
             with safe_open(self.state_path, framework="pt") as state:
                 tensors = {name: state.get_tensor(name) for name in state.keys()}
                 notes = json.loads(state.metadata()["notes"])
-            differing = [name for name in sorted((was.keys() | knobs.keys()) - free) if was.get(name) != knobs.get(name)]
+            names = sorted((was.keys() | knobs.keys()) - free)
         except FileNotFoundError:
-            raise UserError(f"nothing to resume in {self.path}: no checkpoint is there; start without --resume") from None
+            raise UserError(f"nothing to resume in {self.path}: no checkpoint; go without --resume") from None
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path}: its state cannot be read ({error}); --overwrite starts over") from None
-        if differing:
-            told = ", ".join(f"{name} was {was.get(name)!r}, is {knobs.get(name)!r}" for name in differing)
-            raise UserError(f"cannot resume {self.path} with another config: {told}")
+            raise UserError(f"{self.path}: state cannot be read ({error}); --overwrite starts over") from None
+        told = [f"{name} was {was.get(name)!r}, is {knobs.get(name)!r}" for name in names
+                if was.get(name) != knobs.get(name)]
+        if told:
+            raise UserError(f"cannot resume {self.path} with another config: {', '.join(told)}")
         rows = self.rows()
         if self.is_main and rows:
             self._write_log(list(rows[0]), [row for row in rows if float(row["step"]) <= notes["step"]])
@@ -486,8 +494,8 @@ def minutes(seconds: float) -> str:
     >>> minutes(200), minutes(7300)
     ('3m20s', '2h01m')
     """
-    seconds = round(seconds)
-    return f"{seconds // 60}m{seconds % 60:02}s" if seconds < 3600 else f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+    whole, rest = divmod(round(seconds), 60)
+    return f"{whole}m{rest:02}s" if whole < 60 else f"{whole // 60}h{whole % 60:02}m"
 
 
 # ----------------------------------------------------------------------------------------------- the loop
@@ -500,8 +508,8 @@ class Trainer:
     targets of -100 carry no loss. `evals` maps a column such as "val_code" to batches that all ranks know.
     """
 
-    def __init__(self, config: TrainConfig, model: Transformer, tokenizer, loader, folder: RunFolder, world: Dist,
-                 evals: dict[str, list] | None = None):
+    def __init__(self, config: TrainConfig, model: Transformer, tokenizer, loader, folder: RunFolder,
+                 world: Dist, evals: dict[str, list] | None = None):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.loader, self.folder, self.world, self.evals = loader, folder, world, evals or {}
         self.plan = Plan(config, world.world_size)
@@ -523,7 +531,8 @@ class Trainer:
                 values = self.advance()
                 is_due = self.step % self.config.eval_every == 0 or self.step == self.plan.steps
                 self.folder.log(self.row(values | (self.evaluate() if is_due else {})))
-                progress.show(self.step, f"loss {values['ce']:.3f}  {values['tokens_per_s'] / 1e3:.1f}k tok/s")
+                rate = values["tokens_per_s"]
+                progress.show(self.step, f"loss {values['ce']:.3f}  {rate / 1e3:.1f}k tokens/s")
                 if is_due:
                     progress.note(f"step {self.step}: {self.losses()}, max_vio {values['max_vio']:.2f}")
                     self.save()
@@ -535,22 +544,22 @@ class Trainer:
 
     def advance(self) -> dict[str, float]:
         """One optimizer step; returns its columns of the log."""
-        start, knobs = time.monotonic(), self.plan.knobs(self.step)
+        start, config, knobs = time.monotonic(), self.config, self.plan.knobs(self.step)
         sequences = self.plan.sequences[self.step]
         tokens, targets = (t.to(self.world.device) for t in self.loader.next_batch(sequences))  # (n, T)
-        values = train_step(self.wrapped, self.optimizer, tokens, targets, self.world, clip=self.config.clip,
-                            micro_batch=self.config.micro_batch, aux_loss_alpha=self.config.aux_loss_alpha, **knobs)
+        values = train_step(self.wrapped, self.optimizer, tokens, targets, self.world, clip=config.clip,
+                            micro_batch=config.micro_batch, aux_loss_alpha=config.aux_loss_alpha, **knobs)
         load = values.pop("load")
         if self.step % max(1, self.plan.steps // 200) == 0 and len(load):
             self.load_steps.append(self.step)
             self.loads.append(load)
-        seconds = time.monotonic() - start
+        seconds, tokens_seen = time.monotonic() - start, self.plan.tokens[self.step]
         self.seconds += seconds
         self.step += 1
-        values |= {"step": self.step, "tokens": self.plan.tokens[self.step - 1], "max_vio": max_violation(load)}
-        values |= {"tokens_per_s": sequences * self.config.seq_len / seconds, "seconds": self.seconds}
+        values |= knobs | {"step": self.step, "tokens": tokens_seen, "max_vio": max_violation(load),
+                           "tokens_per_s": sequences * config.seq_len / seconds, "seconds": self.seconds}
         self.latest |= values
-        return values | knobs
+        return values
 
     def row(self, values: dict[str, float]) -> dict:
         """The values in the order of the log's columns; empty where there is none."""
@@ -574,7 +583,8 @@ class Trainer:
 
     def losses(self) -> str:
         """The latest validation losses in words."""
-        return ", ".join(f"{name[4:]} {value:.3f}" for name, value in self.latest.items() if name.startswith("val_"))
+        losses = {name[4:]: loss for name, loss in self.latest.items() if name.startswith("val_")}
+        return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
 
     def save(self) -> None:
         """First the checkpoint directory for others, then the state for ourselves."""
@@ -584,9 +594,10 @@ class Trainer:
         tensors |= optimizer_tensors(self.model, self.optimizer) | {"rng": torch.get_rng_state()}
         if self.loads:
             tensors["loads"] = torch.stack(self.loads)  # (n, MoE layers, E)
-        precision = "bf16" if self.model.compute_dtype == torch.bfloat16 else "fp32"
-        self.folder.save(tensors, {"step": self.step, "seconds": self.seconds, "loader": self.loader.state_dict(),
-                                   "load_steps": self.load_steps, "latest": self.latest, "precision": precision})
+        self.folder.save(tensors, {
+            "step": self.step, "seconds": self.seconds, "latest": self.latest, "load_steps": self.load_steps,
+            "loader": self.loader.state_dict(),
+            "precision": "bf16" if self.model.compute_dtype == torch.bfloat16 else "fp32"})
         self.world.barrier()
 
     def restore(self, tensors: dict[str, Tensor], notes: dict) -> None:
@@ -603,12 +614,13 @@ class Trainer:
         """Redraw the pictures of the run folder."""
         if not self.world.is_main or not self.usage:
             return
-        plot.loss_figure(self.folder.path / "loss.png", self.folder.rows(), math.log(self.model.config.vocab_size))
+        path, uniform = self.folder.path, math.log(self.model.config.vocab_size)
+        plot.loss_figure(path / "loss.png", self.folder.rows(), uniform)
         if self.loads:
             names, x = layer_names(self.model), [self.plan.tokens[step] / 1e6 for step in self.load_steps]
-            plot.expert_load_figure(self.folder.path / "expert_load.png", torch.stack(self.loads), x, names,
-                                    "million tokens seen")
-            plot.expert_domains_figure(self.folder.path / "expert_domains.png", self.usage, names)
+            loads = torch.stack(self.loads)  # (n, MoE layers, E)
+            plot.expert_load_figure(path / "expert_load.png", loads, x, names, "million tokens seen")
+            plot.expert_domains_figure(path / "expert_domains.png", self.usage, names)
 
 
 def layer_names(model: Transformer) -> list[str]:
@@ -637,19 +649,20 @@ def time_micro_step(model: Transformer, tokens: Tensor, dtype: torch.dtype, impl
     return seconds
 
 
-def choose_precision(wanted: str, model: Transformer, tokens: Tensor, impl: str, world: Dist) -> tuple[float, str]:
-    """Set the dtype of the model's activations; returns seconds per micro-batch (n, T) and a line that says why.
+def choose_precision(wanted: str, model: Transformer, tokens: Tensor, impl: str, world: Dist):
+    """Set the dtype of the model's activations; returns seconds per micro-batch (n, T) and the reason.
 
-    What is not known is measured on the model itself: on small shapes the products alone are faster in bf16
-    and the step as a whole is slower.
+    What is not known is measured on the model itself: on small shapes the products alone are faster in
+    bf16 and the step as a whole is slower.
     """
     dtypes, reason = {"fp32": torch.float32, "bf16": torch.bfloat16}, "asked for"
     if wanted == "auto" and world.device.type != "cpu":
         has_units = world.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         wanted, reason = ("bf16", "this GPU has units for it") if has_units else ("fp32", "no fast bf16 here")
     tried = [name for name in dtypes if wanted in (name, "auto")]
-    took = torch.tensor([time_micro_step(model, tokens, dtypes[name], impl) for name in tried], device=world.device)
-    took = dict(zip(tried, world.all_reduce_mean(took).tolist()))  # the mean: all ranks must choose alike
+    times = [time_micro_step(model, tokens, dtypes[name], impl) for name in tried]
+    times = world.all_reduce_mean(torch.tensor(times, device=world.device))  # all ranks must choose alike
+    took = dict(zip(tried, times.tolist()))
     if wanted == "auto":
         wanted = "bf16" if took["bf16"] < 0.85 * took["fp32"] else "fp32"
         reason = " against ".join(f"{1e3 * seconds:.0f} ms in {name}" for name, seconds in took.items())
@@ -664,8 +677,9 @@ def build_model(config: TrainConfig, tokenizer, world: Dist) -> Transformer:
     if config.init_from:
         model = load_pretrained(config.init_from, config.impl, world.device)
     else:
-        ids = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        model = Transformer(Config.preset(config.preset, **(ids | model_changes(config.set))), config.impl)
+        changes = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
+                   "eos_token_id": tokenizer.eos_id} | model_changes(config.set)
+        model = Transformer(Config.preset(config.preset, **changes), config.impl)
     for name, got, limit in (("tokenizer", tokenizer.vocab_size, "vocab_size"),
                              ("seq_len", config.seq_len, "max_position_embeddings")):
         if got > getattr(model.config, limit):
@@ -685,7 +699,9 @@ def build_data(config: TrainConfig, tokenizer, world: Dist, say) -> tuple[Loader
     rows = max(1, config.eval_tokens // config.seq_len)
     evals = {f"{split}_{domain}": list(eval_batches(files[domain], config.seq_len, config.micro_batch, rows))
              for split, files in (("val", corpus.val), ("train", corpus.train)) for domain in corpus.domains}
-    return Loader(corpus.train, config.seq_len, rank=world.rank, world_size=world.world_size, seed=config.seed), evals
+    loader = Loader(corpus.train, config.seq_len, rank=world.rank, world_size=world.world_size,
+                    seed=config.seed)
+    return loader, {name: batches for name, batches in evals.items() if batches}
 
 
 def build_trainer(config: TrainConfig, world: Dist) -> Trainer:
@@ -710,10 +726,10 @@ def build_trainer(config: TrainConfig, world: Dist) -> Trainer:
         say(f"resumed at step {trainer.step} of {plan.steps}")
     counts, flops = count_parameters(model.config), flops_per_token(model.config, config.seq_len)
     left = sum(plan.sequences[trainer.step :]) / (len(micro) * world.world_size)  # micro-batches
-    say(f"model       {config.init_from or config.preset}: {counts['total']:,} parameters ({counts['mtp']:,} of them "
-        f"MTP), {counts['active']:,} active per token, {flops / 1e6:.2f} MFLOP per token\n"
-        f"run         {plan.steps} steps, {plan.tokens[-1]:,} tokens, {config.tokens_per_step:,} per step, on "
-        f"{world.world_size} x {world.device.type}, into {folder.path}\n"
+    say(f"model       {config.init_from or config.preset}: {counts['total']:,} parameters ({counts['mtp']:,} "
+        f"of them MTP), {counts['active']:,} active per token, {flops / 1e6:.2f} MFLOP per token\n"
+        f"run         {plan.steps} steps, {plan.tokens[-1]:,} tokens, {config.tokens_per_step:,} per step, "
+        f"on {world.world_size} x {world.device.type}, into {folder.path}\n"
         f"precision   {reason}\nkernels     {'; '.join([config.impl, *model.ops.reasons])}\n"
         f"time        about {minutes(seconds * left * 1.1)}")
     return trainer
@@ -724,7 +740,8 @@ def final_report(trainer: Trainer) -> None:
     rate = trainer.plan.tokens[-1] / trainer.seconds
     flops = flops_per_token(trainer.model.config, trainer.config.seq_len) * rate
     print(f"\nloss        {trainer.losses()}, in nats per token of validation text\n"
-          f"speed       {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the main model, {minutes(trainer.seconds)}\n"
+          f"speed       {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the main model\n"
+          f"time        {minutes(trainer.seconds)}, without preparation and evaluation\n"
           f"memory      {peak_memory(trainer.world.device)} at most\ncheckpoint  {trainer.folder.path}")
     for domain, text in samples(trainer).items():
         print(f"\n--- {domain} {'-' * (60 - len(domain))}\n{text}")
@@ -745,14 +762,11 @@ def peak_memory(device: torch.device) -> str:
 def samples(trainer: Trainer, new_tokens: int = 64) -> dict[str, str]:
     """Per domain, the opening of a validation text and, after a bar, how the model goes on."""
     tokenizer, texts = trainer.tokenizer, {}
-    trainer.model.eval()
-    for name, batches in trainer.evals.items():
-        if name.startswith("val_"):
-            prompt = opening(batches[0][0].flatten().tolist(), tokenizer)
-            result = generate(trainer.model, [prompt], max_new_tokens=new_tokens, temperature=0.7,
-                              stop_ids=(tokenizer.eos_id,), seed=trainer.config.seed)
-            new = result.tokens[0][result.mask[0]].tolist()
-            texts[name[4:]] = f"{tokenizer.decode(prompt)} │ {tokenizer.decode(new)}"
+    for name in [name for name in trainer.evals if name.startswith("val_")]:
+        prompt = opening(trainer.evals[name][0][0].flatten().tolist(), tokenizer)
+        made = generate(trainer.model, [prompt], max_new_tokens=new_tokens, temperature=0.7,
+                        stop_ids=(tokenizer.eos_id,), seed=trainer.config.seed)
+        texts[name[4:]] = f"{tokenizer.decode(prompt)} │ {tokenizer.decode(made.completion(0))}"
     return texts
 
 
@@ -763,19 +777,24 @@ def opening(tokens: list[int], tokenizer, length: int = 12) -> list[int]:
     return head[: head.index(assistant) + 1] if assistant in head else head[:length]
 
 
+def pretrain(config: TrainConfig, world: Dist, flags: list[str]) -> None:
+    """Train, and show the result; `flags` go into the command that continues a run which was stopped."""
+    trainer = build_trainer(config, world)
+    is_complete = trainer.run()
+    if is_complete and world.is_main:
+        final_report(trainer)
+    elif world.is_main:
+        print(f"stopped at step {trainer.step} of {trainer.plan.steps} and saved; to go on:\n"
+              f"  python train.py {shlex.join([*flags, '--resume'])}")
+
+
 def main(argv: list[str]) -> None:
     """Train, or go on training, and show the result."""
     preset = parse_flags(TrainConfig, argv, __doc__).preset
     config = parse_flags(TrainConfig, shlex.split(RECIPES.get(preset, "")) + argv, __doc__)
     world = setup_distributed(config.device)
     try:
-        trainer = build_trainer(config, world)
-        if trainer.run() and world.is_main:
-            final_report(trainer)
-        elif world.is_main:
-            flags = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
-            print(f"stopped at step {trainer.step} of {trainer.plan.steps} and saved; to go on:\n"
-                  f"  python train.py {shlex.join([*flags, '--resume'])}")
+        pretrain(config, world, [flag for flag in argv if flag not in ("--resume", "--overwrite")])
     finally:
         world.close()
 

@@ -1,4 +1,4 @@
-"""Pictures of a run, in one house style. They take numbers and write a PNG; matplotlib is loaded only here."""
+"""Pictures of a run in one house style. They take numbers and write a PNG; only here is matplotlib loaded."""
 
 import os
 from contextlib import contextmanager
@@ -21,7 +21,7 @@ MOST_LAYERS = 6  # a picture shows at most so many, evenly chosen
 
 @contextmanager
 def picture(path: str | Path, title: str, size: tuple[float, float]):
-    """A figure in the house style, written as PNG when the block ends: the old picture or the new, never half.
+    """A figure in the house style, written as PNG when the block ends: the old picture or the new one.
 
     Raises UserError when it cannot be written.
     """
@@ -86,29 +86,32 @@ def loss_figure(path: str | Path, rows: list[dict], uniform: float) -> None:
             axis.plot(x, y, color=color, linewidth=1.4 if domain == "mtp" else None)
             name = "second next token (MTP)" if domain == "mtp" else domain
             ends.append((y[-1], f"{y[-1]:.2f}  {name}", color))
-            if domain != "mtp":
-                axis.plot(x, [float(row["train_" + domain]) for row in rows], "--", color=color, linewidth=1.2)
+            if "train_" + domain in rows[0]:
+                y = [float(row["train_" + domain]) for row in rows]
+                axis.plot(x, y, "--", color=color, linewidth=1.2)
         axis.axhline(uniform, color="#999999", linewidth=1, linestyle=":")
-        axis.set(xlabel="million tokens seen", ylabel="nats per token", xlim=(0, x[-1] or 1), ylim=(0, uniform * 1.04))
-        axis.set_title(f"solid: validation text, dashed: training text, dotted: a pure guess, ln V = {uniform:.2f}")
+        axis.set(xlabel="million tokens seen", ylabel="nats per token")
+        axis.set(xlim=(0, x[-1] or 1), ylim=(0, uniform * 1.04))
+        axis.set_title(f"solid: validation text, dashed: training text, dotted: guessing, ln V = {uniform:.2f}")
         axis.grid(axis="y")
         label_ends(axis, ends)
 
 
-def expert_load_figure(path: str | Path, loads: Tensor, x: list[float], names: list[str], xlabel: str) -> None:
+def expert_load_figure(path: str | Path, loads: Tensor, x: list[float], names: list[str], xlabel: str):
     """expert_load.png: load of every expert over time, layer by layer, and MaxVio (LF section 3) below.
 
     loads (n, MoE layers, E), routed tokens of n steps; x (n,), their place on the axis.
     """
-    shown = shown_layers(len(names))
+    shown, E = shown_layers(len(names)), loads.shape[-1]
     relative = loads / loads.mean(-1, keepdim=True).clamp(min=1e-9)  # (n, layers, E), 1 = even
     right = x[-1] if x[-1] > x[0] else x[0] + 1
     with picture(path, "Balance: load of every expert", (9, 2.4 + 1.4 * len(shown))) as figure:
         axes = figure.subplots(len(shown) + 1, 1, sharex=True, height_ratios=[1] * len(shown) + [1.3])
         for axis, layer in zip(axes, shown):
-            image = axis.imshow(relative[:, layer].T.numpy(), aspect="auto", origin="lower", interpolation="nearest",
-                                extent=(x[0], right, -0.5, loads.shape[-1] - 0.5), **load_colors())
+            image = axis.imshow(relative[:, layer].T.numpy(), aspect="auto", origin="lower",
+                                extent=(x[0], right, -0.5, E - 0.5), interpolation="nearest", **load_colors())
             axis.set_ylabel(f"{names[layer]}\nexpert")
+            axis.set_yticks([0, E - 1])
             axis.spines[:].set_visible(False)
         load_bar(figure, image, axes[:-1], ("idle", "even", "twice\nits share"))
         for layer, color in zip(shown, COLORS):

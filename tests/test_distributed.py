@@ -1,0 +1,81 @@
+"""Two gloo processes are one process: losses, weights, routing bias."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_train import STEP, masked, random_batch, small_model
+
+from train import Dist, RunFolder, evaluate, make_optimizer, setup_distributed, train_step
+
+ROOT = Path(__file__).parent.parent
+
+
+def three_steps(world: Dist, is_masked: bool):
+    """Losses of three steps on fixed global batches, with the final state, and an evaluation."""
+    model = small_model(n_routed_experts=32, n_group=4)  # so many experts that some stay idle on a rank
+    wrapped = world.wrap(model)
+    optimizer = make_optimizer(model, lr=1e-3)
+    results = []
+    for step in range(3):
+        tokens, targets = random_batch(sequences=8, T=8, seed=step)
+        targets = masked(targets) if is_masked else targets
+        share = slice(world.rank, None, world.world_size)
+        results.append(train_step(wrapped, optimizer, tokens[share], targets[share], world, **(STEP | dict(
+            micro_batch=8 // world.world_size if step else 2))))
+    losses, used = evaluate(model, [random_batch(seed=9), random_batch(seed=10)], world)
+    return results, losses, used, model.state_dict()
+
+
+def worker(rank: int, world_size: int, port: int, folder: str, is_masked: bool):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = setup_distributed("cpu")
+    torch.save(three_steps(world, is_masked), f"{folder}/{rank}.pt")
+    world.close()
+
+
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_two_ranks_are_one(tmp_path, is_masked):
+    mp.spawn(worker, args=(2, 29400 + os.getpid() % 500 + is_masked, str(tmp_path), is_masked), nprocs=2)
+    alone = three_steps(Dist(), is_masked)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for results, losses, used, state in ranks:
+        for one, two in zip(alone[0], results):
+            for name in ("ce", "mtp", "balance", "total", "grad_norm"):
+                assert two[name] == pytest.approx(one[name], rel=2e-4), name
+            assert torch.equal(one["load"], two["load"])
+        assert losses == pytest.approx(alone[1], rel=1e-4) and torch.equal(used, alone[2])
+        for name, tensor in alone[3].items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-3, atol=2e-4, msg=name)
+        biases = [name for name in state if name.endswith("e_score_correction_bias")]
+        assert biases and all(torch.equal(state[name], alone[3][name]) for name in biases)
+    for name, tensor in ranks[0][3].items():
+        assert torch.equal(tensor, ranks[1][3][name]), f"{name} differs between ranks"
+
+
+def test_torchrun_gives_the_losses_of_one_process(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(30):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"Tale {i}. " + "A small boat on the wide sea. " * 60)
+    flags = ["--data", "text", "--steps", "6", "--tokens_per_step", "512", "--seq_len", "32", "--device", "cpu",
+             "--eval_every", "3", "--eval_tokens", "256", "--micro_batch", "8", "--precision", "fp32", "--set",
+             "hidden_size=32", "moe_intermediate_size=16", "num_hidden_layers=2"]
+    one = [sys.executable, str(ROOT / "train.py"), *flags, "--name", "one"]
+    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+           f"--master_port={29950 + os.getpid() % 40}", str(ROOT / "train.py"), *flags, "--name", "two"]
+    for command in (one, two):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr
+    rows = [RunFolder(tmp_path / "out" / name).rows() for name in ("one", "two")]
+    assert len(rows[0]) == len(rows[1]) == 7
+    for a, b in zip(*rows):
+        for column in ("ce", "mtp", "balance", "val_text", "train_text", "val_mtp"):
+            if a[column]:
+                assert float(b[column]) == pytest.approx(float(a[column]), rel=1e-4), (a["step"], column)

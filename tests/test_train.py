@@ -1,0 +1,383 @@
+"""train.py: the schedule, one step, the run folder, the command line."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from data import UserError
+from model import Config, Transformer, load_pretrained
+from train import Dist, Plan, RunFolder, TrainConfig, Trainer, lr_factor, make_optimizer, train_step
+
+ROOT = Path(__file__).parent.parent
+WORLD = Dist()
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
+             num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2, q_lora_rank=16,
+             kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+             max_position_embeddings=64)
+STEP = dict(micro_batch=64, lr=1e-3, mtp_loss_weight=0.3, aux_loss_alpha=0.01, bias_update_speed=0.01)
+
+
+def small_model(**changes) -> Transformer:
+    torch.manual_seed(0)
+    return Transformer(Config.preset("tiny", **(SMALL | changes)))
+
+
+def random_batch(sequences=8, T=16, seed=0, vocab=64):
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(vocab, (sequences, T + 1), generator=generator)
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+class Repeat:
+    """A loader that draws fresh random batches by position."""
+
+    def __init__(self, T=16, vocab=64):
+        self.position, self.T, self.vocab = 0, T, vocab
+
+    def next_batch(self, sequences):
+        self.position += 1
+        return random_batch(sequences, self.T, self.position, self.vocab)
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+class NoTokenizer:
+    def save(self, directory):
+        pass
+
+
+def trainer_in(path, loader=None, model=None, evals=None, **knobs) -> Trainer:
+    config = TrainConfig(**(dict(steps=6, tokens_per_step=128, seq_len=16, eval_every=3) | knobs))
+    return Trainer(config, model or small_model(), NoTokenizer(), loader or Repeat(), RunFolder(path), WORLD, evals)
+
+
+# ------------------------------------------------------------------------------------------- schedules
+
+
+def test_learning_rate_follows_the_closed_formula_of_v3():
+    config = TrainConfig(lr=2.2e-4, warmup_until=0.01, constant_until=0.68, cosine_until=0.97, cosine_to=0.1,
+                         final_from=0.99, final_to=0.033)
+    at = {done: lr_factor(done, config) for done in (0.005, 0.01, 0.5, 0.68, 0.825, 0.97, 0.98, 0.99, 1.0)}
+    assert at[0.005] == pytest.approx(0.5)
+    assert at[0.01] == at[0.5] == at[0.68] == 1.0
+    assert at[0.825] == pytest.approx((1 + 0.1) / 2)  # halfway down the cosine
+    assert at[0.97] == pytest.approx(0.1) and at[0.98] == pytest.approx(0.1)
+    assert at[0.99] == at[1.0] == 0.033
+    falling = [lr_factor(x / 1000, config) for x in range(10, 1001)]
+    assert all(a >= b for a, b in zip(falling, falling[1:]))
+
+
+def test_batch_ramp_and_weights_change_where_the_plan_says():
+    config = TrainConfig(steps=100, tokens_per_step=640, seq_len=16, ramp_from=0.2, ramp_until=0.5,
+                         mtp_switch=0.7, bias_until=0.9)
+    plan = Plan(config, world_size=2)
+    assert plan.sequences[0] == 8 and plan.sequences[50] == plan.sequences[-1] == 40
+    assert all(n % 2 == 0 and a <= n for a, n in zip(plan.sequences, plan.sequences[1:]))
+    assert plan.tokens[-1] == 16 * sum(plan.sequences)
+    for step in range(100):
+        done, knobs = plan.tokens[step] / plan.tokens[-1], plan.knobs(step)
+        assert knobs["mtp_loss_weight"] == (0.1 if done > 0.7 else 0.3)
+        assert knobs["bias_update_speed"] == (0.0 if done > 0.9 else config.bias_update_speed)
+        assert knobs["lr"] == config.lr * lr_factor(done, config)
+    with pytest.raises(UserError, match="3 ranks"):
+        Plan(config, world_size=3)
+
+
+# --------------------------------------------------------------------------------------------- one step
+
+
+def test_only_matrices_decay():
+    model = small_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = make_optimizer(model, lr=0.5, weight_decay=0.1)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    for name, p in model.named_parameters():
+        kept = 1 - 0.5 * 0.1 if p.ndim >= 2 else 1.0
+        torch.testing.assert_close(p.detach(), before[name] * kept, msg=name)
+
+
+def gradients(micro_batch: int, targets_of=lambda y: y):
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    tokens, targets = random_batch()
+    knobs = STEP | dict(micro_batch=micro_batch, lr=1.0, clip=1e9)
+    result = train_step(model, optimizer, tokens, targets_of(targets), WORLD, **knobs)
+    return result, [a - p.detach() for a, p in zip(before, model.parameters())], model
+
+
+def masked(targets):
+    """Unequal numbers of real targets per row, as in fine-tuning."""
+    targets = targets.clone()
+    for row in range(len(targets)):
+        targets[row, : 2 * row] = -100
+    return targets
+
+
+@pytest.mark.parametrize("targets_of", [lambda y: y, masked])
+def test_four_micro_batches_are_one_big_batch(targets_of):
+    (whole, grads, model), (split, grads4, model4) = gradients(8, targets_of), gradients(2, targets_of)
+    for name in ("ce", "mtp", "balance", "total", "grad_norm"):
+        assert split[name] == pytest.approx(whole[name], rel=1e-5), name
+    for a, b in zip(grads, grads4):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert torch.equal(whole["load"], split["load"])
+    for (_, a), (_, b) in zip(model.moe_layers(), model4.moe_layers()):
+        assert a.gate.e_score_correction_bias.abs().sum() > 0
+        assert torch.equal(a.gate.e_score_correction_bias, b.gate.e_score_correction_bias)
+        assert a.gate.counts.sum() == 0
+
+
+def test_losses_of_a_step_are_the_models_own_means_and_their_weighted_sum():
+    result, _, _ = gradients(8)
+    with torch.no_grad():
+        losses = small_model()(*random_batch())
+    for name in ("ce", "mtp", "balance"):
+        assert result[name] == pytest.approx(float(losses[name]), rel=1e-5)
+    total = result["ce"] + 0.3 * result["mtp"] + 0.01 * result["balance"]
+    assert result["total"] == pytest.approx(total, rel=1e-6)
+
+
+def test_one_batch_can_be_learned_by_heart():
+    model = small_model()
+    optimizer = make_optimizer(model, lr=3e-3)
+    tokens, targets = random_batch(sequences=4)
+    for _ in range(150):
+        result = train_step(model, optimizer, tokens, targets, WORLD, **(STEP | dict(lr=1e-2)))
+    assert result["ce"] < 0.1
+
+
+def test_random_tokens_stay_at_ln_vocab():
+    model, loader = small_model(), Repeat()
+    optimizer = make_optimizer(model, lr=1e-3)
+    for _ in range(80):
+        result = train_step(model, optimizer, *loader.next_batch(32), WORLD, **STEP)
+        assert result["ce"] > math.log(64) - 0.05 and result["mtp"] > math.log(64) - 0.05
+    assert result["ce"] < math.log(64) + 0.1
+
+
+def test_gradient_that_is_not_finite_stops_the_run_and_spares_the_weights():
+    model = small_model()
+    optimizer = make_optimizer(model, lr=1e-3)
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = float("nan")
+    before = model.model["embed_tokens"].weight.detach().clone()
+    with pytest.raises(UserError, match="not finite"):
+        train_step(model, optimizer, *random_batch(), WORLD, **STEP)
+    assert torch.equal(model.model["embed_tokens"].weight, before)
+
+
+def test_gradient_is_clipped():
+    model = small_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    result = train_step(model, optimizer, *random_batch(), WORLD, **(STEP | dict(lr=1.0, clip=0.01)))
+    moved = math.sqrt(sum(float((a - p).detach().pow(2).sum()) for a, p in zip(before, model.parameters())))
+    assert result["grad_norm"] > 0.01 and moved == pytest.approx(0.01, rel=1e-3)
+
+
+# ----------------------------------------------------------------------------------- run folder, resume
+
+
+def assert_same_state(a: Path, b: Path):
+    knobs = [json.loads((path / "train.json").read_text()) for path in (a, b)]
+    left, notes = RunFolder(a).resume(knobs[0])
+    right, other = RunFolder(b).resume(knobs[1])
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+    assert notes["step"] == other["step"] and notes["loader"] == other["loader"]
+
+
+def untimed(path: Path) -> list[dict]:
+    timed = ("seconds", "tokens_per_s")
+    return [{k: v for k, v in row.items() if k not in timed} for row in RunFolder(path).rows()]
+
+
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
+    whole = trainer_in(tmp_path / "whole")
+    whole.folder.start({})
+    assert whole.run()
+    half = trainer_in(tmp_path / "half")
+    half.folder.start({})
+    half.folder.log(half.row({"step": 0, "tokens": 0}))
+    for _ in range(4):
+        half.folder.log(half.row(half.advance()))
+        if half.step == 3:
+            half.save()  # step 4 is in the log and lost
+    torch.manual_seed(99)
+    rest = trainer_in(tmp_path / "half", model=Transformer(Config.preset("tiny", **SMALL)))
+    rest.restore(*rest.folder.resume({}))
+    assert rest.step == 3 and rest.run()
+    assert_same_state(tmp_path / "whole", tmp_path / "half")
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "half")
+    assert [row["step"] for row in untimed(tmp_path / "half")] == [str(step) for step in range(7)]
+
+
+def test_a_log_row_cut_short_is_dropped(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.log({"step": 1, "ce": 2.5})
+    with open(folder.log_path, "a") as file:
+        file.write("2,1.")
+    assert folder.rows() == [{"step": "1", "ce": "2.5"}]
+
+
+def test_failed_save_leaves_the_earlier_state(tmp_path, monkeypatch):
+    folder = RunFolder(tmp_path)
+    folder.start({"lr": 1})
+    folder.save({"w": torch.ones(3)}, {"step": 1})
+
+    def full_disk(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(train, "save_file", full_disk)
+    with pytest.raises(UserError, match="No space left"):
+        folder.save({"w": torch.zeros(3)}, {"step": 2})
+    tensors, notes = folder.resume({"lr": 1})
+    assert notes == {"step": 1} and torch.equal(tensors["w"], torch.ones(3))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_resume_refuses_nothing_rubbish_and_another_config(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="nothing to resume"):
+        folder.resume({})
+    folder.start({"lr": 1, "device": "cpu"})
+    with pytest.raises(UserError, match="nothing to resume"):
+        folder.resume({"lr": 1})
+    folder.save({"w": torch.ones(1)}, {"step": 1})
+    with pytest.raises(UserError, match="lr was 1, is 2"):
+        folder.resume({"lr": 2, "device": "cuda"})
+    folder.state_path.write_bytes(folder.state_path.read_bytes()[:-2])
+    with pytest.raises(UserError, match="cannot be read"):
+        folder.resume({"lr": 1})
+    with pytest.raises(UserError, match="--overwrite"):
+        folder.start({"lr": 1})
+
+
+def test_pictures_are_drawn(tmp_path):
+    evals = {f"{split}_{domain}": [random_batch()] for split in ("val", "train") for domain in ("code", "tales")}
+    run = trainer_in(tmp_path, evals=evals)
+    run.folder.start({})
+    run.run()
+    for name in ("loss", "expert_load", "expert_domains"):
+        assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+    assert load_pretrained(tmp_path).config == run.model.config
+    last = RunFolder(tmp_path).rows()[-1]
+    assert float(last["val_code"]) == pytest.approx(run.latest["val_code"], rel=1e-5) and last["val_mtp"]
+
+
+def test_evaluation_disturbs_neither_bias_nor_counts(tmp_path):
+    run = trainer_in(tmp_path, evals={"val_code": [random_batch()]})
+    run.advance()
+    state = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    run.evaluate()
+    assert run.model.training and all(torch.equal(state[k], v) for k, v in run.model.state_dict().items())
+    assert all(moe.gate.counts.sum() == 0 for _, moe in run.model.moe_layers())
+
+
+# ---------------------------------------------------------------------------------------- command line
+
+
+def command(*flags, cwd, **options):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=cwd, text=True, **options,
+                            env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+QUICK = ["--device", "cpu", "--tokens_per_step", "512", "--seq_len", "32", "--eval_tokens", "256", "--data", "text",
+         "--precision", "fp32", "--set", "hidden_size=32", "moe_intermediate_size=16", "num_hidden_layers=2"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    path = tmp_path_factory.mktemp("work")
+    (path / "text").mkdir()
+    for i in range(40):
+        (path / "text" / f"{i}.txt").write_text(f"Tale {i}. " + "The quick brown fox jumps over a dog. " * 60)
+    return path
+
+
+def wait_for(path: Path, what, seconds=30):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if path.exists() and what(path):
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"{path} did not get there in {seconds} s")
+
+
+def test_killed_run_resumes_and_its_log_is_whole(workplace):
+    flags = [*QUICK, "--steps", "40", "--eval_every", "5", "--name", "killed"]
+    run = command(*flags, cwd=workplace)
+    folder = workplace / "out" / "killed"
+    wait_for(folder / "log.csv", lambda path: path.read_text().count("\n") > 14)
+    run.kill()
+    run.communicate()
+    rest = command(*flags, "--resume", cwd=workplace)
+    out, err = rest.communicate(timeout=60)
+    assert rest.returncode == 0, err
+    assert "resumed at step" in out and "tokens/s" in out and "--- text" in out
+    assert [row["step"] for row in RunFolder(folder).rows()] == [str(step) for step in range(41)]
+    again = command(*flags, cwd=workplace)
+    assert "--overwrite" in again.communicate()[1] and again.returncode == 2
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(workplace):
+    flags = [*QUICK, "--steps", "5000", "--eval_every", "5000", "--name", "stopped"]
+    run = command(*flags, cwd=workplace)
+    folder = workplace / "out" / "stopped"
+    wait_for(folder / "log.csv", lambda path: path.read_text().count("\n") > 5)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate(timeout=30)
+    assert run.returncode == 0 and "--name stopped --resume" in out, err
+    assert (folder / "model.safetensors").exists() and (folder / "state.safetensors").exists()
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--preset", "tinny"], "tiny"),
+    (["--stepps", "3"], "--steps"),
+    (["--set", "hidden_sice=3"], "hidden_size"),
+    (["--set", "hidden_size=wide"], "hidden_size"),
+    (["--steps", "0"], "steps: got 0, wanted at least 1"),
+    (["--tokens_per_step", "100"], "multiple of seq_len"),
+    (["--seq_len", "4096", "--tokens_per_step", "8192"], "max_position_embeddings"),
+    (["--precision", "fp8"], "fp8"),
+    (["--name", "a/b"], "plain folder name"),
+    (["--resume", "--name", "nobody"], "nothing to resume"),
+    (["--out", "/proc/none"], "/proc/none"),
+    (["--init_from", "nowhere"], "nowhere"),
+    (["--device", "cuda"], "cuda"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(flags, told, tmp_path, monkeypatch, capsys):
+    if "cuda" in flags and torch.cuda.is_available():
+        pytest.skip("this machine has cuda")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        train.run_main(train.main)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and told in error and error.count("\n") == 1
+
+
+def test_help_lists_every_knob(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"--{name}" in text for name in TrainConfig.__dataclass_fields__)
