@@ -17,7 +17,7 @@ import json
 import math
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Iterator
@@ -832,8 +832,10 @@ def written_aside(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
-        aside.unlink(missing_ok=True) if os.access(path.parent, os.W_OK) else None
         raise UserError(f"cannot write {path}: {error}; the earlier file is untouched") from None
+    finally:
+        with suppress(OSError):
+            aside.unlink()
 
 
 def save_pretrained(model: Transformer, directory: str | Path, tokenizer=None) -> None:
@@ -846,20 +848,21 @@ def save_pretrained(model: Transformer, directory: str | Path, tokenizer=None) -
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    files = ["model.safetensors"]
+    files, contents = ["model.safetensors"], {"config.json": model.config.to_dict()}
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards):
-        with written_aside(directory / file) as aside:
-            save_file({k: v.clone().contiguous() for k, v in shard.items()}, aside, metadata={"format": "pt"})
-    index = directory / "model.safetensors.index.json"
-    if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    else:
-        index.unlink(missing_ok=True)
-    write_json(directory / "config.json", model.config.to_dict())
+        contents["model.safetensors.index.json"] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    with ExitStack() as stack:  # all files are complete on disk before the first one takes its place
+        for name, value in contents.items():
+            stack.enter_context(written_aside(directory / name)).write_text(json.dumps(value, indent=2) + "\n")
+        for name, shard in zip(files, shards):
+            aside = stack.enter_context(written_aside(directory / name))
+            save_file({k: v.clone().contiguous() for k, v in shard.items()}, aside, metadata={"format": "pt"})
+    for old in directory.glob("model*.safetensors*"):  # of a save with another number of shards
+        if old.name not in (*files, *contents):
+            old.unlink()
     if tokenizer is not None:
         tokenizer.save(directory)
 
@@ -923,7 +926,7 @@ def _checkpoint_files(directory: Path) -> list:
         return [safe_open(directory / Path(name).name, framework="pt") for name in names]
     except FileNotFoundError as error:
         raise UserError(f"no weights in {directory}: {error}") from None
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{directory}: weights cannot be read ({error}): the file is truncated or foreign") from None
 
 
