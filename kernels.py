@@ -37,9 +37,30 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight.to(x.dtype) * (wide * scale).to(x.dtype)
 
 
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the input and one number per row, where autograd would keep the normed row as well."""
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype))  # (..., 1)
+        scale = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps)).to(x.dtype)
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale = ctx.saved_tensors
+        normed, weight_ = x * scale, weight.to(x.dtype)
+        along = grad * normed  # (..., C)
+        grad_weight = along.reshape(-1, len(weight)).sum(0, dtype=at_least_float32(x.dtype))
+        share = (along @ weight_).div_(-len(weight)).unsqueeze(-1)  # (..., 1)
+        grad_x = (grad * weight_).addcmul_(normed, share).mul_(scale)
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
 def rms_norm_fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The same in one operator of torch."""
-    return F.rms_norm(x, weight.shape, weight.to(x.dtype), eps)
+    """The same as one autograd Function."""
+    return _RMSNorm.apply(x, weight, eps)
 
 
 # ------------------------------------------------------------------------------------------------- RoPE
@@ -82,11 +103,82 @@ def causal_attention_reference(q_nope, q_pe, k_nope, k_pe, v, scale):
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1).to(v.dtype), v)
 
 
-def causal_attention_fused(q_nope, q_pe, k_nope, k_pe, v, scale):
-    """The same through `scaled_dot_product_attention`, which never stores the T x T weights.
+class _TiledAttention(torch.autograd.Function):
+    """Attention in tiles of queries whose scores stay in the cache; the backward computes them again."""
 
-    Its CPU and CUDA flash kernels want one head width, so narrow values are padded with zeros.
+    TILE = 128  # queries
+    CACHE = 1 << 18  # scores of one tile: 1 MiB in float32
+
+    @staticmethod
+    def blocks(v):
+        """Slices of the batch: as many rows as fit into CACHE together."""
+        B, T, H, _ = v.shape
+        rows = max(1, _TiledAttention.CACHE // max(1, H * T * min(T, _TiledAttention.TILE)))
+        return [slice(start, min(start + rows, B)) for start in range(0, B, rows)]
+
+    @staticmethod
+    def packed(rows, q_nope, q_pe, k_nope, k_pe, v, scale):
+        """Heads first: q, already scaled, and k (rows*H, T, D+P), v (rows*H, T, Dv)."""
+        q = torch.cat((q_nope[rows], q_pe[rows]), -1).mul_(scale)
+        shared = k_pe[rows].unsqueeze(2).expand(-1, -1, v.shape[2], -1)
+        k = torch.cat((k_nope[rows], shared), -1)
+        return [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v[rows])]
+
+    @staticmethod
+    def tiles(q, k):
+        """Yields (queries, keys, weights): two slices and softmax(q k^T) between them, (rows*H, n, keys)."""
+        T, n = q.shape[1], min(q.shape[1], _TiledAttention.TILE)
+        future = torch.full((n, n), float("-inf"), dtype=q.dtype).triu_(1)
+        for start in range(0, T, n):
+            queries, keys = slice(start, min(start + n, T)), slice(0, min(start + n, T))
+            scores = torch.bmm(q[:, queries], k[:, keys].transpose(1, 2))
+            size = scores.shape[1]
+            scores[:, :, start:] += future[:size, :size]
+            yield queries, keys, scores.softmax(-1)
+
+    @staticmethod
+    def forward(ctx, q_nope, q_pe, k_nope, k_pe, v, scale):
+        ctx.save_for_backward(q_nope, q_pe, k_nope, k_pe, v)
+        ctx.scale = scale
+        B, T, H, Dv = v.shape
+        out = torch.empty(B, T, H, Dv, dtype=v.dtype)
+        for rows in _TiledAttention.blocks(v):
+            q, k, values = _TiledAttention.packed(rows, q_nope, q_pe, k_nope, k_pe, v, scale)
+            for queries, keys, weights in _TiledAttention.tiles(q, k):
+                o = torch.bmm(weights, values[:, keys])  # (rows*H, n, Dv)
+                out[rows, queries] = o.unflatten(0, (-1, H)).transpose(1, 2)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        inputs = ctx.saved_tensors
+        D, H = inputs[0].shape[-1], inputs[0].shape[2]
+        d_q_nope, d_q_pe, d_k_nope, d_k_pe, d_v = grads = [torch.empty(x.shape, dtype=x.dtype) for x in inputs]
+        for rows in _TiledAttention.blocks(inputs[-1]):
+            q, k, values = _TiledAttention.packed(rows, *inputs, ctx.scale)
+            d_out = grad[rows].transpose(1, 2).flatten(0, 1)  # (rows*H, T, Dv)
+            d_q, d_k = torch.empty_like(q), torch.zeros_like(k, dtype=at_least_float32(k.dtype))
+            d_values = torch.zeros_like(values, dtype=d_k.dtype)
+            for queries, keys, weights in _TiledAttention.tiles(q, k):
+                here = d_out[:, queries]  # (rows*H, n, Dv)
+                d_values[:, keys] += torch.bmm(weights.transpose(1, 2), here)
+                d_weights = torch.bmm(here, values[:, keys].transpose(1, 2))  # (rows*H, n, keys)
+                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                d_q[:, queries] = torch.bmm(d_scores, k[:, keys])
+                d_k[:, keys] += torch.bmm(d_scores.transpose(1, 2), q[:, queries])
+            d_q, d_k, d_values = (x.unflatten(0, (-1, H)).transpose(1, 2) for x in (d_q.mul_(ctx.scale), d_k, d_values))
+            d_q_nope[rows], d_q_pe[rows], d_v[rows] = d_q[..., :D], d_q[..., D:], d_values
+            d_k_nope[rows], d_k_pe[rows] = d_k[..., :D], d_k[..., D:].sum(2)
+        return *grads, None
+
+
+def causal_attention_fused(q_nope, q_pe, k_nope, k_pe, v, scale):
+    """The same without ever storing T x T weights: own tiles on a CPU, torch's flash kernels elsewhere.
+
+    Those want one head width, so that narrow values are padded with zeros.
     """
+    if v.device.type == "cpu":
+        return _TiledAttention.apply(q_nope, q_pe, k_nope, k_pe, v, scale)
     H, Dv = v.shape[2:]
     q = torch.cat((q_nope, q_pe), -1).transpose(1, 2)  # (B, H, T, D+P)
     k = torch.cat((k_nope, k_pe.unsqueeze(2).expand(-1, -1, H, -1)), -1).transpose(1, 2)
@@ -115,7 +207,8 @@ def latent_attention_fused(q_latent, q_pe, c_kv, k_pe, positions, scale):
     B, T, H, R = q_latent.shape
     S = c_kv.shape[1]
     scores = torch.bmm(q_latent.reshape(B, T * H, R), c_kv.transpose(1, 2))  # (B, T*H, S)
-    scores = torch.baddbmm(scores, q_pe.reshape(B, T * H, q_pe.shape[-1]), k_pe.transpose(1, 2), beta=scale, alpha=scale)
+    turned = q_pe.reshape(B, T * H, q_pe.shape[-1])
+    scores = torch.baddbmm(scores, turned, k_pe.transpose(1, 2), beta=scale, alpha=scale)
     hidden = torch.arange(S, device=c_kv.device) > positions[:, :, None]  # (B, T, S)
     wide = scores.view(B, T, H, S).to(at_least_float32(c_kv.dtype))
     weights = wide.masked_fill_(hidden[:, :, None], float("-inf")).softmax(-1).to(c_kv.dtype)
@@ -141,57 +234,77 @@ def expert_ffn_reference(u, gate_up, down, topk_idx, gates):
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """Experts over sorted pairs; the backward keeps only the packed pre-activations (pairs, 2F)."""
+    """One expert after the other over sorted pairs; keeps the pre-activations (slots, 2F) and nothing else.
+
+    The rows of an expert are rounded up with slots of weight 0: oneDNN compiles a kernel for every number
+    of rows that it has not yet seen, half a millisecond each.
+    """
+
+    @staticmethod
+    def groups(topk_idx, gates, E):
+        """Sort the pairs (token, k) by expert into padded groups of slots.
+
+        Returns `order` (N*K,), the pairs sorted; `slot` (N*K,), where they went; `token` and `weight` (slots,)
+        of every slot; and the slice of each expert's slots.
+        """
+        chosen, K = topk_idx.flatten(), topk_idx.shape[1]
+        multiple = 2 ** min(6, max(3, (len(chosen) // (16 * E)).bit_length()))  # 8 to 64
+        counts = torch.bincount(chosen, minlength=E)  # (E,)
+        padded = (counts + (multiple - 1)).div_(multiple, rounding_mode="floor").mul_(multiple)
+        ends = padded.cumsum(0)
+        order = chosen.argsort()
+        moved = (ends - padded) - (counts.cumsum(0) - counts)  # (E,) first slot less first pair
+        slot = torch.arange(len(chosen)) + moved[chosen[order]]
+        ends = ends.tolist()
+        token, weight = slot.new_zeros(ends[-1]), gates.new_zeros(ends[-1])
+        token[slot], weight[slot] = order // K, gates.flatten()[order]
+        return order, slot, token, weight, [slice(*pair) for pair in zip([0] + ends, ends)]
 
     @staticmethod
     def forward(ctx, u, gate_up, down, topk_idx, gates):
-        order = topk_idx.flatten().argsort()  # (N*K,) pairs grouped by expert
-        rows = order // topk_idx.shape[1]  # (N*K,) token of each pair
-        ends = torch.bincount(topk_idx.flatten(), minlength=len(gate_up)).cumsum(0).tolist()
-        weight = gates.flatten()[order].to(u.dtype).unsqueeze(1)  # (N*K, 1)
-        y = torch.zeros_like(u, dtype=at_least_float32(u.dtype))  # (N, C)
-        packed = u.new_empty(len(order), gate_up.shape[1])  # (N*K, 2F)
-        for expert, (start, end) in enumerate(zip([0] + ends, ends)):
-            if start == end:
+        order, slot, token, weight, experts = _ExpertFFN.groups(topk_idx, gates, len(gate_up))
+        weight = weight.to(u.dtype).unsqueeze(1)  # (slots, 1)
+        y = torch.zeros(u.shape, dtype=at_least_float32(u.dtype))  # (N, C)
+        packed = torch.empty(len(token), gate_up.shape[1], dtype=u.dtype)  # (slots, 2F)
+        for expert, here in enumerate(experts):
+            if here.start == here.stop:
                 continue
-            torch.mm(u[rows[start:end]], gate_up[expert].t(), out=packed[start:end])
-            gate, up = packed[start:end].chunk(2, dim=-1)
-            hidden = F.silu(gate).mul_(up).mul_(weight[start:end])  # (n, F)
-            y.index_add_(0, rows[start:end], (hidden @ down[expert].t()).to(y.dtype))
-        ctx.save_for_backward(u, gate_up, down, gates, packed, order, rows, weight)
-        ctx.ends = ends
+            torch.mm(u.index_select(0, token[here]), gate_up[expert].t(), out=packed[here])
+            gate, up = packed[here].chunk(2, dim=-1)  # (n, F)
+            hidden = F.silu(gate).mul_(up).mul_(weight[here])
+            y.index_add_(0, token[here], (hidden @ down[expert].t()).to(y.dtype))
+        ctx.save_for_backward(u, gate_up, down, gates, packed, order, slot, token, weight)
+        ctx.experts = experts
         return y.to(u.dtype)
 
     @staticmethod
     def backward(ctx, grad_y):
-        u, gate_up, down, gates, packed, order, rows, weight = ctx.saved_tensors
-        grad_u = torch.zeros_like(u, dtype=at_least_float32(u.dtype))
-        grad_gate_up, grad_down = torch.zeros_like(gate_up), torch.zeros_like(down)
-        grad_weight = torch.empty_like(weight)
-        for expert, (start, end) in enumerate(zip([0] + ctx.ends, ctx.ends)):
-            if start == end:
+        u, gate_up, down, gates, packed, order, slot, token, weight = ctx.saved_tensors
+        grad_u = torch.zeros(u.shape, dtype=at_least_float32(u.dtype))
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        grad_weight = torch.empty(len(token), dtype=u.dtype)
+        for expert, here in enumerate(ctx.experts):
+            if here.start == here.stop:
+                grad_gate_up[expert], grad_down[expert] = 0, 0
                 continue
-            here = rows[start:end]
-            x, dy, w = u[here], grad_y[here], weight[start:end]
-            gate, up = packed[start:end].chunk(2, dim=-1)
-            slope = torch.sigmoid(gate)  # (n, F)
-            silu = gate * slope
+            x, dy = u.index_select(0, token[here]), grad_y.index_select(0, token[here])  # (n, C)
+            gate, up = packed[here].chunk(2, dim=-1)  # (n, F)
+            silu, d_hidden = F.silu(gate), dy @ down[expert]  # before the weight
             hidden = silu * up
-            d_hidden = dy @ down[expert]  # (n, F), gradient of w * hidden
-            grad_weight[start:end] = (d_hidden * hidden).sum(-1, keepdim=True)
-            torch.mm(dy.t(), hidden.mul_(w), out=grad_down[expert])
-            d_hidden.mul_(w)
-            d_gate = (slope + silu * (1 - slope)).mul_(up).mul_(d_hidden)
+            grad_weight[here] = (d_hidden * hidden).sum(-1)
+            d_hidden.mul_(weight[here])
+            torch.mm(dy.t(), hidden.mul_(weight[here]), out=grad_down[expert])
+            d_gate = torch.ops.aten.silu_backward(d_hidden * up, gate)
             d_packed = torch.cat((d_gate, silu.mul_(d_hidden)), dim=-1)  # (n, 2F)
             torch.mm(d_packed.t(), x, out=grad_gate_up[expert])
-            grad_u.index_add_(0, here, (d_packed @ gate_up[expert]).to(grad_u.dtype))
+            grad_u.index_add_(0, token[here], (d_packed @ gate_up[expert]).to(grad_u.dtype))
         grad_gates = torch.empty_like(gates).flatten()
-        grad_gates[order] = grad_weight.squeeze(1).to(gates.dtype)
+        grad_gates[order] = grad_weight[slot].to(gates.dtype)
         return grad_u.to(u.dtype), grad_gate_up, grad_down, None, grad_gates.view_as(gates)
 
 
 def expert_ffn_fused(u, gate_up, down, topk_idx, gates):
-    """The same over sorted pairs, one joined product per expert, written as one autograd Function."""
+    """The same over sorted pairs, gate and up joined in one product, written as one autograd Function."""
     return _ExpertFFN.apply(u, gate_up, down, topk_idx, gates)
 
 
@@ -208,40 +321,59 @@ def linear_cross_entropy_reference(h, weight, targets):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy in blocks of rows: logits exist for one block at a time, in both directions."""
+    """Cross-entropy in blocks of rows: float32 logits exist for one block at a time.
 
-    BLOCK = 1024  # rows
+    Where `softmax - onehot` of all rows is small (KEEP numbers, in the inputs' dtype) it is kept for the
+    backward; else the backward computes each block again.
+    """
+
+    BLOCK = 1 << 20  # logits in a block
+    KEEP = 1 << 24
+
+    @staticmethod
+    def blocks(h, weight):
+        size = max(128, _LinearCrossEntropy.BLOCK // len(weight))
+        return [slice(start, start + size) for start in range(0, len(h), size)]
+
+    @staticmethod
+    def one_block(h, weight, targets):
+        """nll (n,) and its gradient by the logits, `softmax(h W^T) - onehot(target)` (n, V), both wide."""
+        logits = F.linear(h, weight).to(at_least_float32(h.dtype))  # (n, V)
+        target = targets.clamp(min=0).unsqueeze(1)  # (n, 1): IGNORE becomes a legal index
+        top, at_target = logits.amax(-1), logits.gather(1, target).squeeze(1)
+        probs = logits.softmax(-1)
+        nll = top - probs.amax(-1).log() - at_target  # the largest probability has a finite logarithm
+        return nll, probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
 
     @staticmethod
     def forward(ctx, h, weight, targets):
-        dtype = at_least_float32(h.dtype)
-        nll, lse = h.new_empty(len(h), dtype=dtype), h.new_empty(len(h), dtype=dtype)
-        known = targets.clamp(min=0)  # (N,) IGNORE becomes a legal index
-        for start in range(0, len(h), _LinearCrossEntropy.BLOCK):
-            block = slice(start, start + _LinearCrossEntropy.BLOCK)
-            logits = F.linear(h[block], weight).to(dtype)  # (n, V)
-            lse[block] = logits.logsumexp(-1)
-            nll[block] = lse[block] - logits.gather(1, known[block, None]).squeeze(1)
-        ctx.save_for_backward(h, weight, targets, known, lse)
+        nll = torch.empty(len(h), dtype=at_least_float32(h.dtype), device=h.device)
+        is_kept = any(ctx.needs_input_grad) and len(h) * len(weight) <= _LinearCrossEntropy.KEEP
+        kept = h.new_empty(len(h) if is_kept else 0, len(weight))  # (N, V)
+        for rows in _LinearCrossEntropy.blocks(h, weight):
+            nll[rows], d_logits = _LinearCrossEntropy.one_block(h[rows], weight, targets[rows])
+            if is_kept:
+                kept[rows] = d_logits
+        ctx.save_for_backward(h, weight, targets, kept)
         return nll.masked_fill_(targets == IGNORE, 0)
 
     @staticmethod
     def backward(ctx, grad_nll):
-        h, weight, targets, known, lse = ctx.saved_tensors
-        grad_nll = grad_nll.masked_fill(targets == IGNORE, 0).to(lse.dtype).unsqueeze(1)  # (N, 1)
-        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=lse.dtype)
-        for start in range(0, len(h), _LinearCrossEntropy.BLOCK):
-            block = slice(start, start + _LinearCrossEntropy.BLOCK)
-            probs = F.linear(h[block], weight).to(lse.dtype).sub_(lse[block, None]).exp_()  # (n, V)
-            probs.scatter_add_(1, known[block, None], -torch.ones_like(lse[block, None]))
-            d_logits = probs.mul_(grad_nll[block]).to(h.dtype)  # (n, V)
-            torch.mm(d_logits, weight, out=grad_h[block])
-            grad_weight += d_logits.t() @ h[block]
-        return grad_h, grad_weight.to(weight.dtype), None
+        h, weight, targets, kept = ctx.saved_tensors
+        factor = grad_nll.masked_fill(targets == IGNORE, 0).unsqueeze(1).to(h.dtype)  # (N, 1)
+        grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=grad_nll.dtype)
+        for rows in _LinearCrossEntropy.blocks(h, weight):
+            if len(kept):
+                d_logits = kept[rows]  # (n, V)
+            else:
+                d_logits = _LinearCrossEntropy.one_block(h[rows], weight, targets[rows])[1].to(h.dtype)
+            torch.mm(d_logits, weight, out=grad_h[rows])
+            grad_weight += d_logits.t() @ (h[rows] * factor[rows])
+        return grad_h.mul_(factor), grad_weight.to(weight.dtype), None
 
 
 def linear_cross_entropy_fused(h, weight, targets):
-    """The same without ever holding all logits; the backward computes each block of them again."""
+    """The same without ever holding all logits in float32."""
     return _LinearCrossEntropy.apply(h, weight, targets)
 
 
