@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import checks
 import pytest
@@ -360,17 +362,24 @@ def test_writing_to_a_full_device_is_one_line(tmp_path):
     assert path.read_text() == "old"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder(saved):
-    model, directory = saved
-    before = files_of(directory)
-    directory.chmod(0o500)
-    try:
-        with pytest.raises(UserError, match="Permission denied"):
-            save_pretrained(build(seed=9), directory)
-    finally:
-        directory.chmod(0o700)
-    assert_untouched(directory, before, model)
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="needs users")
+def test_a_read_only_folder():
+    model, other = build(), build(seed=9)
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        directory = Path(place) / "run"
+        save_pretrained(model, directory)
+        before = files_of(directory)
+        directory.chmod(0o555)
+        is_root = os.geteuid() == 0  # who may write everywhere, so somebody else tries
+        try:
+            os.seteuid(65534) if is_root else None
+            with pytest.raises(UserError, match="Permission denied"):
+                save_pretrained(other, directory)
+        finally:
+            os.seteuid(0) if is_root else None
+            directory.chmod(0o755)
+        assert_untouched(directory, before, model)
 
 
 def test_a_folder_that_cannot_be(tmp_path):
