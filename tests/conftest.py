@@ -1,4 +1,4 @@
-"""Settings of every test: two threads, no network, and the command line as a newcomer would type it."""
+"""Settings of every test: one thread (tiny tensors gain nothing from more), no network, and the command line as a newcomer would type it."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the oracle must not reach for the network
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -25,6 +25,6 @@ def python(tmp_path):
 
     def run(program: str, *argv: str, **environment: str) -> subprocess.CompletedProcess:
         return subprocess.run([sys.executable, str(ROOT / program), *argv], cwd=tmp_path, text=True, timeout=120,
-                              capture_output=True, env=os.environ | environment)
+                              capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)
 
     return run

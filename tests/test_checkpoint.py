@@ -281,12 +281,13 @@ def test_an_unfinished_file_of_another_save_does_no_harm(saved):
     assert not list(directory.glob("*.part"))
 
 
-def test_the_command_line_shows_a_checkpoint_and_refuses_a_broken_one(saved, python):
-    done = python("model.py", str(saved[1]))
-    assert done.returncode == 0 and f"{ours.count_parameters(saved[0].config)['main']:,}" in done.stdout
+def test_the_command_line_shows_a_checkpoint_and_refuses_a_broken_one(saved, capsys):
+    assert ours.main([str(saved[1])]) == 0
+    assert f"{ours.count_parameters(saved[0].config)['main']:,}" in capsys.readouterr().out
     (saved[1] / "config.json").write_text("{")
-    done = python("model.py", str(saved[1]))
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert ours.main([str(saved[1])]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------------------------- nothing lost when writing fails
