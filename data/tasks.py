@@ -62,8 +62,10 @@ def split_completion(completion: str) -> tuple[str, str] | None:
     >>> split_completion("so 6") is None
     True
     """
+    if len(completion) > LONGEST:
+        return None
     text = completion.removesuffix(EOS)
-    if len(text) > LONGEST or any(text.count(tag) != 1 for tag in TAGS):
+    if any(text.count(tag) != 1 for tag in TAGS):
         return None
     thinking, _, tail = text.rpartition("</think>")
     if not (thinking.startswith("<think>") and tail.startswith("<answer>") and tail.endswith("</answer>")):
@@ -164,9 +166,10 @@ class Task:
 
     def style_of(self, completion: str) -> str:
         """The style that a completion is written in: guess, skip, full, or correction."""
+        completion = completion[:LONGEST]
         if "wait" in completion:
             return "correction"
-        steps = re.findall(r"[0-9]{1,12}(?:[-+*/][0-9]{1,12})+(?==)", completion[:LONGEST])
+        steps = re.findall(r"[0-9]{1,12}(?:[-+*/][0-9]{1,12})+(?==)", completion)
         if not steps:
             return "guess"
         return "skip" if any(len(re.findall(r"[-+*/]", step)) > 1 for step in steps) else "full"
