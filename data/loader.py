@@ -1,7 +1,6 @@
 """Token files, and the loader that cuts them into sequences: exact about epochs, ranks and resuming."""
 
 import json
-import os
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -9,19 +8,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import UserError
+from data import UserError, whole_file
 
 HEADER_BYTES = 1024
 MAGIC = "plainseek tokens 1"
 
 
 def write_tokens(path: Path, chunks: Iterable[np.ndarray], vocab_size: int, notes: dict) -> None:
-    """Write ids as uint16 (uint32 above 65,536 ids) behind a JSON header with `notes`; the file appears whole or
-    not at all. Whoever yields the chunks may still fill in `notes`."""
+    """Write ids as uint16 (uint32 above 65,536 ids) behind a JSON header with `notes`, whole or not at all.
+
+    Whoever yields the chunks may still fill in `notes`. Raises OSError.
+    """
     dtype, count = np.dtype("uint16" if vocab_size <= 1 << 16 else "uint32"), 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with open(aside, "wb") as file:
+    with whole_file(path) as file:
         file.write(b" " * HEADER_BYTES)
         for chunk in chunks:
             file.write(np.asarray(chunk, dtype).tobytes())
@@ -29,9 +28,6 @@ def write_tokens(path: Path, chunks: Iterable[np.ndarray], vocab_size: int, note
         header = {"magic": MAGIC, "count": count, "dtype": dtype.name, "vocab_size": vocab_size} | notes
         file.seek(0)
         file.write(json.dumps(header).encode().ljust(HEADER_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 class TokenFile:
@@ -105,9 +101,10 @@ class Loader:
     def next_batch(self, global_sequences: int) -> tuple[Tensor, Tensor]:
         """This rank's share of the next sequences: tokens and targets, (n / world_size, T) int64."""
         if global_sequences < 1 or global_sequences % self.world_size:
-            raise UserError(f"a batch of {global_sequences} sequences does not divide among {self.world_size} processes")
+            raise UserError(f"{global_sequences} sequences do not divide among {self.world_size} processes")
         start, self.position = self.position, self.position + global_sequences
-        return split_batch([self._window(p) for p in range(start + self.rank, self.position, self.world_size)])
+        mine = range(start + self.rank, self.position, self.world_size)
+        return split_batch([self._window(position) for position in mine])
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands, and what this number counts."""

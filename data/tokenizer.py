@@ -7,23 +7,21 @@
 import base64
 import heapq
 import json
-import os
 import sys
 from collections import Counter, defaultdict
-from functools import cached_property
 from pathlib import Path
 from typing import Iterable
 
 import regex
 import tiktoken
 
-from data import UserError, nearest
+from data import UserError, nearest, whole_file
 
 # A word with the sign or space before it, one digit, signs, line breaks, spaces: every character is in one.
 PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPECIALS = ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>",
             "<think>", "</think>", "<answer>", "</answer>", *(f"<｜reserved▁{i}｜>" for i in range(7)))
-RANK_FILE = Path(__file__).with_name("plainseek.tiktoken")
+RANK_FILE = Path(__file__).with_name("plainseek.tiktoken")  # train_bpe's, on the embedded corpus, code twice
 
 # DeepSeek's three splits (digits, CJK runs, words) as one alternation: each class has to treat what the
 # earlier splits cut out as a border, or ids differ.
@@ -46,7 +44,9 @@ CHAT_TEMPLATE = (
 
 
 class Tokenizer:
-    """Text to ids and back. Ids below the specials are ranks of the BPE: rank = id = order of merging.
+    """Text to ids and back. rank = id = order of merging; the ids of `specials` come after (DeepSeek: also before).
+
+    `source` is the tokenizer.json that it was read from, if it was.
 
     >>> tokenizer = load_tokenizer("plainseek:1024")
     >>> tokenizer.decode(tokenizer.encode("12+30"))
@@ -59,7 +59,8 @@ class Tokenizer:
         self.name, self.ranks, self.pattern, self.specials, self.source = name, ranks, pattern, specials, source
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
         self.vocab_size = self.encoding.n_vocab
-        self.bos_id, self.eos_id = (specials.get(name, specials.get("<|endoftext|>")) for name in SPECIALS[:2])
+        self.bos_id, self.eos_id = specials[SPECIALS[0]], specials[SPECIALS[1]]
+        self._known = {*ranks.values(), *specials.values()}
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: text that spells a special token does not become one."""
@@ -75,39 +76,42 @@ class Tokenizer:
         return self.encoding.encode_batch(texts, allowed_special=allowed, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of the ids; a character may end in a later id. Ids without a token are left out."""
-        known = self._known
-        return self.encoding.decode_bytes([i for i in ids if i in known])
+        """Bytes of the ids; a character may end in a later id. Ids without a token (a padded vocabulary) are left out."""
+        return self.encoding.decode_bytes([i for i in ids if i in self._known])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids; broken characters become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    @cached_property
-    def _known(self) -> set[int]:
-        return set(self.ranks.values()) | set(self.specials.values())
-
     def save(self, directory: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, which transformers.AutoTokenizer loads with equal ids."""
-        by_id = {i: token for token, i in self.specials.items()}
+        pad = SPECIALS[2] if SPECIALS[2] in self.specials else SPECIALS[1]
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-                  "bos_token": by_id[self.bos_id], "eos_token": by_id[self.eos_id],
-                  "pad_token": by_id[self.specials.get(SPECIALS[2], self.eos_id)], "chat_template": CHAT_TEMPLATE}
-        _write(Path(directory) / "tokenizer.json", self.source or json.dumps(self._to_json(), ensure_ascii=False))
-        _write(Path(directory) / "tokenizer_config.json", json.dumps(config, ensure_ascii=False, indent=1))
+                  "bos_token": SPECIALS[0], "eos_token": SPECIALS[1], "pad_token": pad, "chat_template": CHAT_TEMPLATE}
+        texts = {"tokenizer.json": self.source or json.dumps(self._to_json(), ensure_ascii=False),
+                 "tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1)}
+        for name, text in texts.items():
+            try:
+                with whole_file(Path(directory) / name) as file:
+                    file.write(text.encode())
+            except OSError as error:
+                raise UserError(f"cannot write {Path(directory) / name}: {error}") from None
 
     def _to_json(self) -> dict:
-        spell = _byte_letters()
-        vocab = {"".join(spell[b] for b in token): rank for token, rank in self.ranks.items()}
-        pairs = (_last_merge(token, self.ranks) for token in sorted(self.ranks, key=self.ranks.get) if len(token) > 1)
-        merges = [["".join(spell[b] for b in part) for part in pair] for pair in pairs]
+        letters = byte_letters()
+        spelled = {rank: "".join(letters[byte] for byte in token) for token, rank in self.ranks.items()}
+        merges = []  # tiktoken joins any two parts that make a known token, so every way to split it is a merge
+        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+            splits = ((self.ranks.get(token[:i]), self.ranks.get(token[i:])) for i in range(1, len(token)))
+            merges += [[spelled[left], spelled[right]] for left, right in splits if None not in (left, right)]
         added = [{"id": i, "content": token, "special": True, "single_word": False, "lstrip": False,
                   "rstrip": False, "normalized": False} for token, i in self.specials.items()]
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+        vocab = {text: rank for rank, text in spelled.items()}
         return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, letters]}, "post_processor": None,
-                "decoder": letters, "model": {"type": "BPE", "vocab": vocab, "merges": merges}}
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]}, "post_processor": None,
+                "decoder": level, "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}}
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -118,29 +122,33 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     Raises UserError when there is none or it is of a kind that is not known.
     """
     name, _, size = str(source).partition(":")
+    path = Path(source) / "tokenizer.json" if Path(source).is_dir() else Path(source)
+    if path.exists():
+        try:
+            return _from_json(path.read_text(encoding="utf-8"), str(source))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"tokenizer {path}: cannot be used ({error!r}), wanted a byte-level BPE") from None
     if name == "plainseek":
         return _plainseek(size or "4096")
-    if name in ("gpt2", "cl100k"):
+    if str(source) in ("gpt2", "cl100k"):
         return _from_tiktoken(name)
-    path = Path(source)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.exists():
-        known = ("plainseek", "gpt2", "cl100k")
-        raise UserError(f"tokenizer: got {str(source)!r}, wanted {', '.join(known)} or a place with a tokenizer.json"
-                        f"{nearest(name, known)}")
-    try:
-        return _from_json(path.read_text(encoding="utf-8"), str(source))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"tokenizer {path}: cannot be used ({error!r}), wanted a byte-level BPE") from None
+    known = ("plainseek", "plainseek:SIZE", "gpt2", "cl100k")
+    raise UserError(f"tokenizer: got {str(source)!r}, wanted {', '.join(known)} or a place with a tokenizer.json"
+                    f"{nearest(name, known)}")
+
+
+def with_specials(name: str, ranks: dict[bytes, int], pattern: str, first: int, more: dict[str, int]) -> Tokenizer:
+    """A tokenizer whose 16 reserved tokens have the ids from `first` on."""
+    return Tokenizer(name, ranks, pattern, more | {token: first + i for i, token in enumerate(SPECIALS)})
 
 
 def _plainseek(size: str) -> Tokenizer:
-    if not size.isdigit() or not 256 + len(SPECIALS) <= int(size) <= 4096:
+    if not size.isdecimal() or not 256 + len(SPECIALS) <= int(size) <= 4096:
         raise UserError(f"tokenizer: plainseek:{size}, wanted a size from {256 + len(SPECIALS)} to 4096")
     count = int(size) - len(SPECIALS)
     lines = RANK_FILE.read_bytes().splitlines()[:count]  # "token in base64, rank", as tiktoken's own files
     ranks = {base64.b64decode(line.split()[0]): rank for rank, line in enumerate(lines)}
-    return Tokenizer(f"plainseek:{size}", ranks, PATTERN, {token: count + i for i, token in enumerate(SPECIALS)})
+    return with_specials(f"plainseek:{size}", ranks, PATTERN, count, {})
 
 
 def _from_tiktoken(name: str) -> Tokenizer:
@@ -149,42 +157,37 @@ def _from_tiktoken(name: str) -> Tokenizer:
     except Exception as error:  # tiktoken lets errors of its own and of its http library through
         raise UserError(f"tokenizer {name}: tiktoken could not download it ({type(error).__name__}); "
                         "offline there is --tokenizer plainseek") from None
-    specials = encoding._special_tokens | {t: encoding.n_vocab + i for i, t in enumerate(SPECIALS)}
-    return Tokenizer(name, encoding._mergeable_ranks, encoding._pat_str, specials)
+    more = encoding._special_tokens
+    return with_specials(name, encoding._mergeable_ranks, encoding._pat_str, encoding.n_vocab, more)
 
 
 def _from_json(text: str, name: str) -> Tokenizer:
     values = json.loads(text)
-    splits = values["pre_tokenizer"].get("pretokenizers", [values["pre_tokenizer"]])
-    patterns = [split["pattern"]["Regex"] for split in splits if split["type"] == "Split"]
+    steps = values["pre_tokenizer"].get("pretokenizers", [values["pre_tokenizer"]])
+    patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
     if len(patterns) == 3 and patterns[0] == r"\p{N}{1,3}":
         pattern = DEEPSEEK_PATTERN
     elif len(patterns) == 1:
         pattern = patterns[0]
     else:
         raise ValueError(f"its {len(patterns)} splitting patterns are not known here")
-    letters = {letter: byte for byte, letter in _byte_letters().items()}
+    vocab, bytes_of = values["model"]["vocab"], {letter: byte for byte, letter in byte_letters().items()}
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in values["model"]["merges"])
+    order = [vocab[left + right] for left, right in pairs]
+    if order != sorted(order):
+        raise ValueError("its ids are not in the order of its merges")
     specials = {token["content"]: token["id"] for token in values["added_tokens"]}
-    ranks = {bytes(letters[letter] for letter in token): rank
-             for token, rank in values["model"]["vocab"].items() if token not in specials}
+    if missing := [token for token in SPECIALS[:2] if token not in specials]:
+        raise ValueError(f"it lacks {missing[0]}")
+    ranks = {bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items() if token not in specials}
     return Tokenizer(name, ranks, pattern, specials, text)
 
 
-def _byte_letters() -> dict[int, str]:
+def byte_letters() -> dict[int, str]:
     """The printable letter that Hugging Face's files use for each byte: itself, or one from U+0100 on."""
     shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
-
-
-def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two parts that the BPE joined last to make this token."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        joined = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:])]
-        i = joined.index(min(joined))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
 
 
 def train_bpe(texts: Iterable[str], size: int, pattern: str = PATTERN) -> dict[bytes, int]:
@@ -192,11 +195,13 @@ def train_bpe(texts: Iterable[str], size: int, pattern: str = PATTERN) -> dict[b
 
     Distinct words are counted once. A heap holds (-count, pair), an index the words of each pair, so a merge
     touches only the words that contain it; an entry whose count has changed since is put back.
+
+    >>> sorted(train_bpe(["low low lower"], 259), key=len)[-1]
+    b'low'
     """
     counts = Counter(word for text in texts for word in regex.findall(pattern, text))
-    words = [[bytes([byte]) for byte in word.encode()] for word in counts]
-    weights = list(counts.values())
-    pair_counts, places = Counter(), defaultdict(set)
+    words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in counts]
+    weights, pair_counts, places = list(counts.values()), Counter(), defaultdict(set)
     for i, word in enumerate(words):
         for pair in zip(word, word[1:]):
             pair_counts[pair] += weights[i]
@@ -213,10 +218,11 @@ def train_bpe(texts: Iterable[str], size: int, pattern: str = PATTERN) -> dict[b
         ranks.setdefault(pair[0] + pair[1], len(ranks))
         changed = set()
         for i in places.pop(pair):
-            _move_counts(pair_counts, words[i], -weights[i])
-            words[i] = _join(words[i], pair)
-            _move_counts(pair_counts, words[i], weights[i])
+            for old in zip(words[i], words[i][1:]):
+                pair_counts[old] -= weights[i]
+            words[i] = join(words[i], pair)
             for new in zip(words[i], words[i][1:]):
+                pair_counts[new] += weights[i]
                 places[new].add(i)
                 changed.add(new)
         for new in changed:
@@ -224,12 +230,8 @@ def train_bpe(texts: Iterable[str], size: int, pattern: str = PATTERN) -> dict[b
     return ranks
 
 
-def _move_counts(pair_counts: Counter, word: list[bytes], weight: int) -> None:
-    for pair in zip(word, word[1:]):
-        pair_counts[pair] += weight
-
-
-def _join(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+def join(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
+    """The word with every occurrence of the pair, from left to right, as one part."""
     out, i = [], 0
     while i < len(word):
         is_pair = tuple(word[i : i + 2]) == pair
@@ -238,27 +240,15 @@ def _join(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
     return out
 
 
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(path.name + ".part")
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error}") from None
-
-
 def main(argv: list[str]) -> int:
     """Train a tokenizer on a text file or folder and save it."""
-    from data.corpus import read_texts
+    from data.corpus import folder_documents
 
     try:
-        if len(argv) != 3 or not argv[1].isdigit() or int(argv[1]) < 256 + len(SPECIALS):
+        if len(argv) != 3 or not argv[1].isdecimal() or int(argv[1]) < 256 + len(SPECIALS):
             raise UserError("wanted: python -m data.tokenizer TEXTS SIZE DIRECTORY, with SIZE at least 272")
-        count = int(argv[1]) - len(SPECIALS)
-        ranks = train_bpe(read_texts(Path(argv[0])), count)
-        specials = {token: len(ranks) + i for i, token in enumerate(SPECIALS)}
-        Tokenizer(argv[2], ranks, PATTERN, specials).save(argv[2])
+        ranks = train_bpe((text for _, text in folder_documents(Path(argv[0]))), int(argv[1]) - len(SPECIALS))
+        with_specials(argv[2], ranks, PATTERN, len(ranks), {}).save(argv[2])
         print(f"{len(ranks)} ranks and {len(SPECIALS)} specials in {argv[2]}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
