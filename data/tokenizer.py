@@ -101,7 +101,7 @@ class Tokenizer:
         letters = byte_letters()
         spelled = {rank: "".join(letters[byte] for byte in token) for token, rank in self.ranks.items()}
         merges = []  # tiktoken joins any two parts that make a known token, so every way to split it is a merge
-        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+        for token in sorted(self.ranks, key=self.ranks.get):
             splits = ((self.ranks.get(token[:i]), self.ranks.get(token[i:])) for i in range(1, len(token)))
             merges += [[spelled[left], spelled[right]] for left, right in splits if None not in (left, right)]
         added = [{"id": i, "content": token, "special": True, "single_word": False, "lstrip": False,
@@ -196,7 +196,7 @@ def train_bpe(texts: Iterable[str], size: int, pattern: str = PATTERN) -> dict[b
     Distinct words are counted once. A heap holds (-count, pair), an index the words of each pair, so a merge
     touches only the words that contain it; an entry whose count has changed since is put back.
 
-    >>> sorted(train_bpe(["low low lower"], 259), key=len)[-1]
+    >>> sorted(train_bpe(["low low lower"], 258), key=len)[-1]
     b'low'
     """
     counts = Counter(word for text in texts for word in regex.findall(pattern, text))
