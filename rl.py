@@ -12,16 +12,36 @@ Papers: Math = DeepSeekMath, arXiv 2402.03300; R1 = 2501.12948; Dr.GRPO = 2503.2
 GSPO = 2507.18071; V3.2 = DeepSeek-V3.2, 2512.02556. G is the group size, Q questions, N = Q*G answers.
 """
 
+import copy
+import json
 import math
-from dataclasses import dataclass
+import random
+import shlex
+import textwrap
+import time
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError
-from sample import knob
+from data import UserError, plot
+from data.tasks import Problem, Task, load_task, prompt_text, reward_total, split_completion
+from data.tokenizer import load_tokenizer
+from kernels import IGNORE
+from model import Transformer, load_pretrained, save_pretrained, written_aside
+from sample import Generation, generate, knob, parse_flags, run_main
+from train import (Dist, Progress, RunFolder, StopSignal, layer_names, load_optimizer, make_optimizer,
+                   max_violation, optimizer_tensors, setup_distributed, update_routing)
 
 RATIO_TOLERANCE = 1e-4  # sampler and trainer must agree on log-probs to this, in nats (float32)
+FREE_ON_RESUME = {"resume", "overwrite", "out", "device", "impl", "micro_batch"}
+HARDER = {"chain": ("terms", (4, 6, 8, 10, 12)), "countdown": ("count", (2, 3, 4)), "findtwo": ("count", (4, 6, 8)),
+          "compare": ("digits", (3, 4)), "multiply": ("digits", (2, 3)), "sort": ("count", (6, 8))}
+PATIENCE = 20  # steps without a single right answer or difference in reward before the run gives up
 
 # --------------------------------------------------------------------------------------------- the knobs
 
@@ -63,6 +83,39 @@ class RLConfig:
     keep_sampling_mask: bool = knob(False, "update within the tokens left by top-k and top-p (V3.2)")
     resample: int = knob(0, "ask another question up to so often when a group is dead (DAPO)")
     overlong_tokens: int = knob(0, "answers are punished over the last so many tokens (DAPO)")
+    lr: float = knob(4e-4, "learning rate of AdamW, constant behind the warm-up")
+    warmup_steps: int = knob(10, "steps over which the learning rate rises")
+    weight_decay: float = knob(0.0, "AdamW: decay of matrices")
+    clip: float = knob(1.0, "largest norm of the gradient")
+    train_router: bool = knob(False, "let the gradient move the routers' weights")
+    bias_update_speed: float = knob(0.0, "step of the routing bias after every update; 0 leaves it as it is")
+    micro_batch: int = knob(64, "answers of one forward pass on one rank; the rest is accumulated")
+    eval_every: int = knob(25, "steps between evaluations; each one saves and redraws the pictures")
+    eval_questions: int = knob(64, "held-out questions of an evaluation")
+    eval_samples: int = knob(64, "answers to each of them before and after the run (8 in between)")
+    out: str = knob("out", "folder of all runs")
+    name: str = knob("rl", "folder of this run, within --out")
+    resume: bool = knob(False, "go on from the last checkpoint of this run")
+    overwrite: bool = knob(False, "start over although the run folder holds a checkpoint")
+    seed: int = knob(0, "seed of questions and answers")
+    device: str = knob("auto", "auto, cpu, cuda or mps")
+    impl: str = knob("fused", "twins of kernels.py", choices=("fused", "reference"))
+
+    def __post_init__(self):
+        for name, wanted, is_met in self._rules():
+            if not is_met:
+                raise UserError(f"{name}: got {getattr(self, name)!r}, wanted {wanted}")
+
+    def _rules(self):
+        for name in ("steps", "questions", "max_new_tokens", "updates", "reference_every", "micro_batch",
+                     "eval_every", "eval_questions", "eval_samples"):
+            yield name, "at least 1", getattr(self, name) >= 1
+        yield "group_size", "at least 2: an advantage compares answers", self.group_size >= 2
+        for name in ("lr", "clip", "temperature"):
+            yield name, "a number above 0", 0 < getattr(self, name) < math.inf
+        yield "overlong_tokens", "0 to max_new_tokens", 0 <= self.overlong_tokens <= self.max_new_tokens
+        is_plain = self.name not in ("", ".", "..") and Path(self.name).name == self.name
+        yield "name", "a plain folder name (the place goes into --out)", is_plain
 
 
 # ----------------------------------------------------------------------------------------- the objective
@@ -133,7 +186,7 @@ def policy_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages:
 
     logps, old_logps, ref_logps (N, T) in nats, of the sampled tokens; advantages (N,); mask (N, T) bool,
     where the policy chose; weights (N, T) of `token_weights`; knobs: a RLConfig. Besides the three terms
-    there are `clipped` and `dropped`, the shares of tokens and answers that the clip and the mask silenced.
+    there are `clipped` and `dropped`, the weight of the tokens that the clip and the drift mask silenced.
 
     >>> half = torch.full((2, 1), 0.5).log()
     >>> mask, A = torch.ones(2, 1, dtype=torch.bool), torch.tensor([1.0, 1.0])
@@ -161,4 +214,673 @@ def policy_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages:
     pg, kl = -(weights * gain).sum(), (weights * leash).sum()
     is_silent = (gain != judged * A) & ~is_dropped
     return {"pg": pg, "kl": kl, "total": pg + knobs.kl_beta * kl,
-            "clipped": (is_silent * mask).sum() / mask.sum(), "dropped": is_dropped.float().mean()}
+            "clipped": (weights * is_silent).sum(), "dropped": (weights * is_dropped).sum()}
+
+
+# ------------------------------------------------------------------------------------ asking and judging
+
+
+@dataclass
+class Question:
+    """One question of a task, and the seed of the answers to it."""
+
+    task: Task
+    problem: Problem
+    seed: int
+
+
+@dataclass
+class Answers:
+    """G answers to each of Q questions, row by row as in `generation`, and what the rules say of them."""
+
+    questions: list[Question]
+    generation: Generation
+    texts: list[str]  # (N,) whole completions
+    parts: dict[str, Tensor]  # accuracy, format, ...: (Q, G) each
+    rewards: Tensor  # (Q, G)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Sampled tokens of each answer, (N,)."""
+        return self.generation.mask.sum(1)
+
+
+def draw_questions(tasks: list[Task], split: str, where: str, slots, **difficulty) -> list[Question]:
+    """The questions of the numbered `slots`; what a slot asks depends on `where` and its number alone."""
+    out = []
+    for slot in slots:
+        rng = random.Random(f"{where} {slot}")
+        task = rng.choice(tasks)
+        out.append(Question(task, task.problem(rng, split, **difficulty), rng.getrandbits(62)))
+    return out
+
+
+def ask(model: Transformer, tokenizer, questions: list[Question], num_samples: int, folder: Path,
+        **sampling) -> Answers:
+    """Sample answers to every question with sample.py's engine, and judge them."""
+    prompts = [tokenizer.encode_trusted(prompt_text(q.problem.question)) for q in questions]
+    made = generate(model, prompts, num_samples=num_samples, stop_ids=[tokenizer.eos_id],
+                    seed=[q.seed for q in questions], **sampling)
+    texts = [tokenizer.decode(made.completion(row)) for row in range(len(made.tokens))]
+    judged = [judge(questions[row // num_samples], text, folder) for row, text in enumerate(texts)]
+    shape = (len(questions), num_samples)
+    parts = {name: torch.tensor([each.get(name, 0.0) for each in judged], dtype=torch.float64).view(shape)
+             for name in dict.fromkeys(name for each in judged for name in each)}
+    rewards = torch.tensor([reward_total(each) for each in judged], dtype=torch.float64).view(shape)
+    return Answers(questions, made, texts, parts, rewards)
+
+
+def judge(question: Question, text: str, folder: Path) -> dict[str, float]:
+    """The task's reward. A verifier that breaks ends the run, with the text that broke it on disk."""
+    try:
+        return question.task.reward(question.problem, text)
+    except Exception as error:  # whatever a user's verifier may raise
+        path = folder / "broke_the_verifier.txt"
+        path.write_text(f"{question.problem}\n{text}\n")
+        raise UserError(f"the verifier of task {question.task.name} raised {error!r}; the question and the "
+                        f"answer that it was given are in {path}") from error
+
+
+# -------------------------------------------------------------------------------------- batch and scores
+
+
+@dataclass
+class Batch:
+    """Answers as the update sees them: column t is about token t + 1, which tokens up to t predict."""
+
+    tokens: Tensor  # (N, T) int64
+    targets: Tensor  # (N, T) int64, IGNORE where the policy did not choose
+    sampler_logps: Tensor  # (N, T) nats
+    advantages: Tensor  # (N,)
+    weights: Tensor  # (N, T) float64
+    replay: list[Tensor] | None = None  # per MoE layer (N, T, K), experts that the rollout chose
+    keep: Tensor | None = None  # (N, T, V) bool, tokens that top-k and top-p left
+    old_logps: Tensor | None = None  # (N, T); None: those of the update's own forward pass, ratio 1
+    ref_logps: Tensor | None = None  # (N, T); None: there is no KL term
+
+    @property
+    def mask(self) -> Tensor:
+        return self.targets != IGNORE
+
+    def micros(self, size: int) -> "list[Batch]":
+        """All answers in batches of `size`, by length, each cut to its longest."""
+        place = torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device)  # (T,)
+        ends = (self.mask * place).amax(1)  # (N,)
+        return [self._cut(rows, int(ends[rows].max())) for rows in ends.argsort().split(size)]
+
+    def _cut(self, rows: Tensor, T: int) -> "Batch":
+        def cut(value):
+            if isinstance(value, list):
+                return [cut(each) for each in value]
+            return value if value is None else value[rows] if value.ndim == 1 else value[rows, :T]
+
+        return Batch(**{each.name: cut(getattr(self, each.name)) for each in fields(self)})
+
+
+def make_batch(answers: Answers, config: RLConfig) -> Batch:
+    """Rewards become advantages; prompt and padding lose their targets, the stop token keeps its."""
+    made, rewards = answers.generation, answers.rewards
+    if config.overlong_tokens:
+        lengths = answers.lengths.view(rewards.shape).cpu()
+        rewards = rewards + overlong_penalty(lengths, config.max_new_tokens, config.overlong_tokens)
+    mask = made.mask[:, 1:]  # (N, T)
+    advantages = group_advantages(rewards, config.divide_by_std).flatten().to(made.logps)  # (N,)
+    return Batch(tokens=made.tokens[:, :-1], targets=made.tokens[:, 1:].masked_fill(~mask, IGNORE),
+                 sampler_logps=made.logps[:, 1:], advantages=advantages,
+                 weights=token_weights(mask, config.group_size, config.aggregate, config.max_new_tokens),
+                 replay=made.routing and [chosen[:, :-1] for chosen in made.routing],
+                 keep=None if made.keep is None else made.keep[:, 1:] | ~mask.unsqueeze(-1))
+
+
+def score(model, batch: Batch, temperature: float) -> Tensor:
+    """Log-probs (N, T) of the sampled tokens under `model`, in nats, 0 where there is no target.
+
+    One function for old, new and reference policy. `model` may be wrapped in DDP and is called as such.
+    """
+    if temperature == 1 and batch.keep is None:  # never holds all logits
+        return -model(batch.tokens, batch.targets, reduction="none", mtp=False, replay=batch.replay)["ce"]
+    logits = model(batch.tokens, replay=batch.replay) / temperature  # (N, T, V)
+    if batch.keep is not None:
+        logits = logits.masked_fill(~batch.keep, -math.inf)
+    chosen = batch.targets.clamp(min=0).unsqueeze(-1)  # (N, T, 1)
+    return logits.log_softmax(-1).gather(-1, chosen).squeeze(-1).masked_fill(~batch.mask, 0)
+
+
+# --------------------------------------------------------------------------------------------- evaluation
+
+
+def mean_error(values: Tensor) -> tuple[float, float]:
+    """Mean over questions (Q,) and its standard error: answers to one question are not independent."""
+    error = values.std() / len(values) ** 0.5 if len(values) > 1 else torch.tensor(math.nan)
+    return float(values.mean()), float(error)
+
+
+def pass_at_k(right: Tensor, k: int) -> Tensor:
+    """Chance that one of k answers is right, per question: `1 - C(n-c, k) / C(n, k)` (arXiv 2107.03374 eq 1).
+
+    right (Q, n) bool -> (Q,) float64.
+
+    >>> pass_at_k(torch.tensor([[True, False, False, False]]), 2)
+    tensor([0.5000], dtype=torch.float64)
+    """
+    n, hits = right.shape[1], right.sum(1).tolist()
+    return torch.tensor([1 - math.comb(n - c, k) / math.comb(n, k) for c in hits], dtype=torch.float64)
+
+
+def majority_at_k(votes: list[list[str | None]], right: Tensor, k: int, draws: int = 16) -> Tensor:
+    """Chance that the most frequent of k answers is right, per question (R1's cons@k): (Q,) float64.
+
+    votes: the answers' texts, None where there is none, which is no vote; of equals the first seen wins.
+    Below all n answers it is a mean over `draws` random subsets.
+    """
+    rng, out = random.Random(0), []
+    for texts, is_right in zip(votes, right.tolist()):
+        known, hits = dict(zip(texts, is_right)), 0
+        subsets = [texts] if k == len(texts) else [rng.sample(texts, k) for _ in range(draws)]
+        for subset in subsets:
+            ranking = Counter(text for text in subset if text is not None).most_common(1)
+            hits += bool(ranking) and known[ranking[0][0]]
+        out.append(hits / len(subsets))
+    return torch.tensor(out, dtype=torch.float64)
+
+
+def evaluate(model: Transformer, tokenizer, tasks: list[Task], config: RLConfig, folder: Path, samples: int,
+             is_full: bool) -> dict:
+    """Held-out questions, the same for every run: pass@1 as [mean, standard error], format, length.
+
+    A full one adds greedy decoding, pass@k, majority@k, harder questions and thinking budgets.
+    """
+    questions = draw_questions(tasks, "test", "held out", range(config.eval_questions))
+    knobs = {"max_new_tokens": config.max_new_tokens}
+    right, form, texts, lengths = [], [], [], []
+    for start in range(0, len(questions), 16):
+        answers = ask(model, tokenizer, questions[start : start + 16], samples, folder, **knobs)
+        right.append(answers.parts["accuracy"] > 0)
+        form.append(answers.parts["format"])
+        texts += answers.texts
+        lengths.append(answers.lengths.double())
+    right = torch.cat(right)  # (Q, n)
+    out = {"accuracy": mean_error(right.double().mean(1)), "format": float(torch.cat(form).mean()),
+           "length": float(torch.cat(lengths).mean())}
+    if is_full:
+        greedy = ask(model, tokenizer, questions, 1, folder, temperature=0.0, **knobs)
+        votes = [parts and parts[1] for parts in map(split_completion, texts)]
+        votes = [votes[i : i + samples] for i in range(0, len(votes), samples)]
+        powers = [2**i for i in range(samples.bit_length())]
+        out["greedy"] = mean_error(greedy.parts["accuracy"].squeeze(1))
+        out["pass"] = {k: mean_error(pass_at_k(right, k)) for k in powers}
+        out["majority"] = {k: mean_error(majority_at_k(votes, right, k)) for k in powers}
+        out["budget"] = {b: mean_error(think_within(model, tokenizer, questions, b, folder, config))
+                         for b in (0, 4, 8, 16, 32, 64) if b < config.max_new_tokens}
+        out["harder"] = {}
+        for task in tasks:
+            key, values = HARDER.get(task.name, ("", ()))
+            for value in values:
+                questions = draw_questions([task], "test", "harder", range(config.eval_questions), **{key: value})
+                answers = ask(model, tokenizer, questions, 4, folder, **knobs)
+                out["harder"][f"{task.name}, {value} {key}"] = mean_error(answers.parts["accuracy"].mean(1))
+    return json.loads(json.dumps(out))  # as it will be after a resume
+
+
+def think_within(model, tokenizer, questions: list[Question], budget: int, folder: Path, config: RLConfig,
+                 samples: int = 4) -> Tensor:
+    """Accuracy (Q,) when a thought is cut after `budget` tokens and the answer is asked for at once."""
+    begin, end = tokenizer.specials["<think>"], tokenizer.encode_trusted("</think><answer>")
+    answers = ask(model, tokenizer, questions, samples, folder, max_new_tokens=budget + 1)
+    right, cut = answers.parts["accuracy"].flatten(), []  # (N,)
+    for row in range(len(right)):
+        thought = answers.generation.completion(row)
+        if thought[:1] == [begin] and end[0] not in thought:
+            cut.append((row, thought + end))
+    prompts = [tokenizer.encode_trusted(prompt_text(questions[row // samples].problem.question)) for row, _ in cut]
+    if cut:
+        made = generate(model, [prompt + forced for prompt, (_, forced) in zip(prompts, cut)], max_new_tokens=16,
+                        stop_ids=[tokenizer.eos_id], seed=budget)
+        for i, (row, forced) in enumerate(cut):
+            text = tokenizer.decode(forced + made.completion(i))
+            right[row] = judge(questions[row // samples], text, folder)["accuracy"]
+    return right.view(-1, samples).mean(1)
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+class RLTrainer:
+    """A run: questions -> answers -> rewards -> advantages -> updates; evaluation, checkpoint, pictures.
+
+    What stays still: the MTP modules (they are no part of the policy), and by default the routers' weights
+    and balancing biases (README: measured). The balance loss is a pretraining matter and is not used.
+    """
+
+    def __init__(self, config: RLConfig, model: Transformer, tokenizer, tasks: list[Task], folder: RunFolder,
+                 world: Dist):
+        self.config, self.model, self.tokenizer, self.tasks = config, model, tokenizer, tasks
+        self.folder, self.world = folder, world
+        freeze(model, config.train_router)
+        self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_beta else None
+        self.wrapped = world.wrap(model)
+        self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
+        known = [*(style for task in tasks for style in task.styles), "correction", "search", "other"]
+        self.styles = list(dict.fromkeys(known))
+        self.step, self.seconds, self.hopeless = 0, 0.0, 0  # done so far
+        self.before: dict = {}  # evaluation of the base
+        self.strips: list[list] = []  # [step, texts of the answers to the five questions]
+        self.loads: list[Tensor] = []  # (MoE layers, E) routed tokens of every step
+
+    def run(self) -> bool:
+        """Train to the end; False when a signal ended it early. Either way all is saved."""
+        progress = Progress(self.config.steps, self.step, self.world.is_main, "rl")
+        with StopSignal() as stop:
+            if self.step == 0:
+                self.before = self.evaluate(is_full=True)
+                self.read(progress)
+            while self.step < self.config.steps and not self.world.any(stop.is_set):
+                values = self.advance()
+                is_due = self.step % self.config.eval_every == 0 or self.step == self.config.steps
+                if is_due:
+                    found = self.evaluate(is_full=False)
+                    values |= {"eval_accuracy": found["accuracy"][0], "eval_error": found["accuracy"][1]}
+                self.folder.log(self.row(values))
+                progress.show(self.step, summary(values))
+                self.check_hope(values)
+                if is_due:
+                    self.read(progress)
+                    self.save()
+                    self.draw()
+            if self.step < self.config.steps:
+                self.save()
+        progress.bar.close()
+        return self.step == self.config.steps
+
+    def advance(self) -> dict[str, float]:
+        """One rollout and its updates; returns the columns of the log."""
+        start = time.monotonic()
+        answers, measured = self.rollout()
+        rollout_s = time.monotonic() - start
+        batch = make_batch(answers, self.config)
+        values = measured | {"rollout_s": rollout_s} | self.learn(batch)
+        if self.reference and (self.step + 1) % self.config.reference_every == 0:
+            self.reference.load_state_dict(self.model.state_dict())
+        self.step += 1
+        self.seconds += time.monotonic() - start
+        return values | {"step": self.step, "seconds": self.seconds}
+
+    def rollout(self) -> tuple[Answers, dict[str, float]]:
+        """Answers to this rank's questions; a dead group is replaced up to `resample` times (DAPO)."""
+        config = self.config
+        slots = range(self.world.rank, config.questions, self.world.world_size)
+        answers = first = self.ask(slots, 0)
+        dead, asked = int(is_dead(first.rewards).sum()), len(slots)
+        for attempt in range(1, config.resample + 1):
+            groups = is_dead(answers.rewards).nonzero().flatten().tolist()
+            if not groups:
+                break
+            fresh = self.ask([slots[group] for group in groups], attempt)
+            dead, asked = dead + int(is_dead(fresh.rewards).sum()), asked + len(groups)
+            answers = swap(answers, fresh, groups)
+        return answers, self.measure(first, dead, asked)
+
+    def ask(self, slots, attempt: int) -> Answers:
+        """The questions of these slots of the present step, answered by the policy."""
+        config = self.config
+        questions = draw_questions(self.tasks, "train", f"{config.seed} {self.step} {attempt}", slots)
+        is_cut = config.top_k > 0 or config.top_p < 1
+        return ask(self.model, self.tokenizer, questions, config.group_size, self.folder.path,
+                   max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
+                   top_p=config.top_p, keep_routing=config.keep_routing,
+                   keep_sampling_mask=config.keep_sampling_mask and is_cut)
+
+    def measure(self, answers: Answers, dead: int, asked: int) -> dict[str, float]:
+        """Means over the answers of all ranks, and quartiles of their lengths."""
+        N, G, made = len(answers.texts), self.config.group_size, answers.generation
+        style = Counter(answers.questions[row // G].task.style_of(text) for row, text in enumerate(answers.texts))
+        style["other"] = N - sum(style[name] for name in self.styles)
+        sums = {"reward": answers.rewards.sum(), "accuracy": answers.parts["accuracy"].sum(),
+                "format": answers.parts["format"].sum(), "truncated": (~made.finished).sum(),
+                "entropy": made.entropy.sum(), "tokens": made.mask.sum(), "answers": N, "dead": dead,
+                "asked": asked} | {"style_" + name: style[name] for name in self.styles}
+        histogram = torch.bincount(answers.lengths.cpu(), minlength=self.config.max_new_tokens + 1)
+        flat = torch.cat([torch.tensor([float(value) for value in sums.values()]), histogram]).double()
+        flat = self.world.all_reduce_sum(flat.to(self.world.device)).tolist()
+        total = dict(zip(sums, flat))
+        histogram = torch.tensor(flat[len(sums) :])
+        quartile = [int((histogram.cumsum(0) < share * histogram.sum()).sum()) for share in (0.25, 0.75)]
+        per_answer = {"entropy": "tokens", "dead": "asked"}
+        means = {name: total[name] / total[per_answer.get(name, "answers")]
+                 for name in total if name not in ("tokens", "answers", "asked")}
+        return means | {"length": total["tokens"] / total["answers"], "length_q1": quartile[0],
+                        "length_q3": quartile[1]}
+
+    def learn(self, batch: Batch) -> dict[str, float]:
+        """Old and reference log-probs, then `updates` optimizer steps on all answers."""
+        config, start = self.config, time.monotonic()
+        micros = batch.micros(config.micro_batch)
+        with torch.no_grad():
+            for micro in micros:
+                if config.updates > 1:
+                    micro.old_logps = score(self.model, micro, config.temperature)
+                if self.reference:
+                    micro.ref_logps = score(self.reference, micro, config.temperature)
+        scored = time.monotonic()
+        for update in range(config.updates):
+            values = self.update(micros, is_first=update == 0)
+        return values | {"score_s": scored - start, "update_s": time.monotonic() - scored}
+
+    def update(self, micros: list[Batch], is_first: bool) -> dict[str, float]:
+        """One optimizer step; before the first of a rollout, sampler and trainer must agree."""
+        config, sums, gap = self.config, Counter(), torch.zeros(())
+        for i, micro in enumerate(micros):
+            is_last = i == len(micros) - 1
+            with nullcontext() if is_last or self.wrapped is self.model else self.wrapped.no_sync():
+                logps = score(self.wrapped, micro, config.temperature)  # (n, T)
+                old, ref = (logps.detach() if x is None else x for x in (micro.old_logps, micro.ref_logps))
+                losses = policy_loss(logps, old, ref, micro.advantages, micro.mask, micro.weights, config)
+                losses["total"].backward()
+            for name, value in losses.items():
+                sums[name] += float(value.detach())
+            gap = max(gap, float((logps.detach() - micro.sampler_logps)[micro.mask].abs().max()))
+        if is_first:
+            self.check_ratio(gap)
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip))
+        if not math.isfinite(grad_norm):
+            raise UserError("the gradient is not finite: lower --lr; --resume goes on from the last checkpoint")
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        means = self.world.all_reduce_mean(torch.tensor(list(sums.values()), device=self.world.device))
+        load = update_routing(self.model, config.bias_update_speed, self.world)[: len(self.model.routing)]
+        self.loads.append(load)
+        return dict(zip(sums, means.tolist())) | {"ratio_gap": gap, "grad_norm": grad_norm,
+                                                  "lr": self.optimizer.param_groups[0]["lr"],
+                                                  "max_vio": max_violation(load)}
+
+    def check_ratio(self, gap: float) -> None:
+        """Before the first update pi / pi_old is 1: the sampler and the trainer are the same policy."""
+        config = self.config
+        is_cut = (config.top_k > 0 or config.top_p < 1) and not config.keep_sampling_mask
+        if gap > RATIO_TOLERANCE and not is_cut:
+            raise UserError(f"step {self.step + 1}: log-probs of sampler and trainer differ by {gap:.1e} nats, wanted "
+                            f"at most {RATIO_TOLERANCE:.0e}: the update would not be on policy"
+                            + ("" if config.keep_routing else "; --keep-routing removes what near ties of experts add"))
+
+    def check_hope(self, values: dict[str, float]) -> None:
+        """Raises UserError when no answer has been right, and no group alive, for PATIENCE steps."""
+        is_hopeless = values["dead"] == 1 and values["accuracy"] == 0
+        self.hopeless = self.hopeless + 1 if is_hopeless else 0
+        if self.hopeless >= PATIENCE:
+            raise UserError(f"no right answer and every group dead for {PATIENCE} steps: there is nothing to learn "
+                            "from. Wanted: a base that is right now and then (more --temperature, an easier "
+                            "--task, a longer python train.py, or a cold start: --recipe r1)")
+
+    def evaluate(self, is_full: bool) -> dict:
+        """Rank 0 examines the policy; the others wait."""
+        found, config = {}, self.config
+        if self.world.is_main:
+            samples = config.eval_samples if is_full else min(8, config.eval_samples)
+            found = evaluate(self.model, self.tokenizer, self.tasks, config, self.folder.path, samples, is_full)
+        self.world.barrier()
+        return found
+
+    def read(self, progress: Progress) -> None:
+        """Five held-out questions answered once more: the strip, in the terminal and in answers.txt."""
+        if not self.world.is_main:
+            return
+        questions = draw_questions(self.tasks, "test", "strip", range(5))
+        answers = ask(self.model, self.tokenizer, questions, 1, self.folder.path,
+                      max_new_tokens=self.config.max_new_tokens)
+        self.strips.append([self.step, answers.texts, answers.parts["accuracy"].flatten().tolist()])
+        strips = [strip(questions, self.strips[0], after) for after in self.strips[1:]]
+        with written_aside(self.folder.path / "answers.txt") as aside:
+            aside.write_text("\n\n".join(strips) + "\n")
+        if strips:
+            progress.note(strips[-1])
+
+    def row(self, values: dict[str, float]) -> dict:
+        """The values in the order of the log's columns; empty where there is none."""
+        columns = ["step", "reward", "accuracy", "format", "length", "length_q1", "length_q3", "truncated",
+                   *("style_" + name for name in self.styles), "total", "pg", "kl", "entropy", "dead", "clipped",
+                   "dropped", "ratio_gap", "grad_norm", "lr", "max_vio", "rollout_s", "score_s", "update_s",
+                   "seconds", "eval_accuracy", "eval_error"]
+        return {name: f"{values[name]:.6g}" if isinstance(values.get(name), float) else values.get(name, "")
+                for name in columns}
+
+    def save(self) -> None:
+        """First the checkpoint directory for others, then the state for ourselves."""
+        if self.world.is_main:
+            save_pretrained(self.model, self.folder.path, self.tokenizer)
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.reference:
+            tensors |= {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
+        tensors |= optimizer_tensors(self.model, self.optimizer) | {"loads": torch.stack(self.loads)}
+        self.folder.save(tensors, {"step": self.step, "seconds": self.seconds, "before": self.before,
+                                   "strips": self.strips, "hopeless": self.hopeless})
+        self.world.barrier()
+
+    def restore(self, tensors: dict[str, Tensor], notes: dict) -> None:
+        """Take up where `save` left off; all chance comes from (seed, step), so there is no random state."""
+        for model, prefix in ((self.model, "model."), (self.reference, "reference.")):
+            if model:
+                model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()
+                                       if name.startswith(prefix)})
+        load_optimizer(self.model, self.optimizer, tensors)
+        self.loads = list(tensors["loads"])
+        for name in ("step", "seconds", "before", "strips", "hopeless"):
+            setattr(self, name, notes[name])
+
+    def draw(self) -> None:
+        """Redraw rl.png and expert_load.png."""
+        if self.world.is_main:
+            rl_figure(self.folder.path / "rl.png", self.folder.rows(), self.styles)
+            names = layer_names(self.model)[: self.loads[0].shape[0]]
+            plot.expert_load_figure(self.folder.path / "expert_load.png", torch.stack(self.loads),
+                                    list(range(1, len(self.loads) + 1)), names, "update")
+
+
+def freeze(model: Transformer, train_router: bool) -> None:
+    """What RL leaves as it is: the MTP modules, and the routers unless they are to be trained."""
+    for module in model.model.layers[model.config.num_hidden_layers :]:
+        module.requires_grad_(False)
+    for _, moe in model.moe_layers():
+        moe.gate.weight.requires_grad_(train_router and moe.gate.weight.requires_grad)
+
+
+def swap(answers: Answers, fresh: Answers, groups: list[int]) -> Answers:
+    """`answers` with the given groups replaced by those of `fresh`, in order."""
+    G = answers.rewards.shape[1]
+    rows = [group * G + i for group in groups for i in range(G)]
+    old, new = answers.generation, fresh.generation
+    T = max(old.tokens.shape[1], new.tokens.shape[1])
+
+    def put(into, value):
+        if isinstance(into, list):
+            return [put(x, y) for x, y in zip(into, value)]
+        if into is None:
+            return None
+        if into.ndim > 1:  # pad the columns; what stands there is never looked at
+            into, value = (F.pad(x, (0, 0) * (x.ndim - 2) + (0, T - x.shape[1])) for x in (into, value))
+        into = into.clone()
+        into[rows] = value
+        return into
+
+    made = Generation(**{each.name: put(getattr(old, each.name), getattr(new, each.name)) for each in fields(old)})
+    questions, texts = list(answers.questions), list(answers.texts)
+    for group, question in zip(groups, fresh.questions):
+        questions[group] = question
+    for row, text in zip(rows, fresh.texts):
+        texts[row] = text
+    parts = {name: values.index_copy(0, torch.tensor(groups), fresh.parts[name]) for name, values in answers.parts.items()}
+    return Answers(questions, made, texts, parts, answers.rewards.index_copy(0, torch.tensor(groups), fresh.rewards))
+
+
+# ------------------------------------------------------------------------------------------------- seeing
+
+
+def summary(values: dict[str, float]) -> str:
+    """One step for the progress bar."""
+    return ("reward {reward:.2f}  accuracy {accuracy:.2f}  format {format:.2f}  length {length:.0f}  "
+            "kl {kl:.4f}  entropy {entropy:.2f}  dead {dead:.2f}  rollout {rollout_s:.1f}s  "
+            "update {work:.1f}s").format(**values, work=values["score_s"] + values["update_s"])
+
+
+def strip(questions: list[Question], before: list, after: list, width: int = 44) -> str:
+    """The same questions answered by the base and by the policy, side by side."""
+    lines = [f"{'the base':{width}} │ after {after[0]} steps"]
+    for i, question in enumerate(questions):
+        lines.append(f"{'─' * width}─┼─{'─' * width}\n{question.problem.question}")
+        sides = []
+        for _, texts, right in (before, after):
+            text = " ".join(texts[i].split()) + ("  ✓" if right[i] else "  ✗")
+            sides.append(textwrap.wrap(text, width, break_on_hyphens=False) or [""])
+        height = max(map(len, sides))
+        left, right = (side + [""] * (height - len(side)) for side in sides)
+        lines += [f"{one:{width}} │ {two}" for one, two in zip(left, right)]
+    return "\n".join(lines)
+
+
+def rl_figure(path: Path, rows: list[dict], styles: list[str]) -> None:
+    """rl.png: reward, length of thought, styles, KL and entropy, dead groups, balance; all over steps."""
+    def column(name: str) -> list[float]:
+        return [float(row[name] or "nan") for row in rows]
+
+    steps = column("step")
+    with plot.picture(path, "Reinforcement learning: thinking longer because it pays", (13, 7)) as figure:
+        axes = figure.subplots(2, 3).flatten()
+        for name, color in zip(("accuracy", "format", "reward"), plot.COLORS):
+            axes[0].plot(steps, column(name), color=color, label=name)
+        held_out = [(x, y, e) for x, y, e in zip(steps, column("eval_accuracy"), column("eval_error")) if y == y]
+        if held_out:
+            x, y, e = zip(*held_out)
+            axes[0].errorbar(x, y, e, fmt="o", color=plot.COLORS[0], label="accuracy, held out", markersize=4)
+        axes[0].set(title="accuracy, format, reward", ylim=(0, 1.13))
+        axes[0].legend(loc="lower right")
+        axes[1].fill_between(steps, column("length_q1"), column("length_q3"), color="#a9c6e4", linewidth=0)
+        axes[1].plot(steps, column("length"), color=plot.COLORS[0])
+        axes[1].set(title="length of an answer in tokens: mean and quartiles", ylim=(0, None))
+        shares = {name: column("style_" + name) for name in styles}
+        shares = {name: share for name, share in shares.items() if max(share) > 0}
+        axes[2].stackplot(steps, list(shares.values()), labels=list(shares), colors=plot.COLORS)
+        axes[2].set(title="how it answers", ylim=(0, 1))
+        axes[2].legend(loc="upper left", frameon=True, facecolor="white", framealpha=0.85, edgecolor="none")
+        axes[3].plot(steps, column("entropy"), color=plot.COLORS[3], label="entropy per token")
+        axes[3].plot(steps, column("kl"), color=plot.COLORS[1], label="KL to the reference, per token")
+        axes[3].set(title="entropy and KL in nats", ylim=(0, None))
+        axes[3].legend()
+        axes[4].plot(steps, column("dead"), color=plot.COLORS[7], label="dead groups")
+        axes[4].plot(steps, column("truncated"), color=plot.COLORS[4], label="cut off answers")
+        axes[4].set(title="groups that teach nothing, answers cut off", ylim=(0, 1.02))
+        axes[4].legend()
+        axes[5].plot(steps, column("max_vio"), color=plot.COLORS[2])
+        axes[5].set(title="balance of the experts: MaxVio", ylim=(0, None))
+        for axis in axes:
+            axis.set_xlim(0, steps[-1])
+            axis.grid(axis="y")
+        for axis in axes[3:]:
+            axis.set_xlabel("step")
+
+
+def thinking_figure(path: Path, found: dict[str, dict]) -> None:
+    """thinking.png: accuracy bought at test time, with a budget of thought and with votes.
+
+    found: name of the model -> its full evaluation.
+    """
+    with plot.picture(path, "Test-time compute: accuracy on held-out questions", (11, 4.6)) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for (name, values), color in zip(found.items(), plot.COLORS[1::-1]):
+            for axis, key, label, line in ((left, "budget", name, "-"), (right, "majority", f"{name}: majority", "-"),
+                                           (right, "pass", f"{name}: any right", "--")):
+                x = [int(k) for k in values[key]]
+                y, error = zip(*values[key].values())
+                axis.errorbar(range(len(x)) if axis is left else x, y, error, color=color, label=label,
+                              linestyle=line, marker="o", markersize=4, elinewidth=1)
+                if axis is left:
+                    axis.set_xticks(range(len(x)), x)
+        left.set(title="thought cut after so many tokens", xlabel="tokens of thought", ylabel="share right", ylim=(0, 1.03))
+        right.set(title="so many answers to one question", xlabel="answers", xscale="log")
+        right.set_xticks(x, x)
+        right.minorticks_off()
+        for axis in (left, right):
+            axis.legend()
+            axis.grid(axis="y")
+
+
+# -------------------------------------------------------------------------------------------- the program
+
+
+def build_trainer(config: RLConfig, world: Dist) -> RLTrainer:
+    """Everything of a run, new or resumed; says what it is going to do."""
+    say = print if world.is_main else lambda *words: None
+    base, folder = Path(config.base), RunFolder(Path(config.out) / config.name, world, "rl.json")
+    if not (base / "config.json").exists():
+        raise UserError(f"base: no checkpoint in {base}; python train.py makes out/base, --base names another")
+    if config.questions % world.world_size:
+        raise UserError(f"questions: got {config.questions}, wanted a multiple of the {world.world_size} ranks")
+    tokenizer, tasks = load_tokenizer(base), [load_task(name) for name in config.task.split(",")]
+    model = load_pretrained(base, config.impl, world.device)
+    check_room(config, model, tokenizer, tasks)
+    tensors, notes = folder.resume(asdict(config), FREE_ON_RESUME) if config.resume else ({}, {})
+    if not notes:
+        folder.start(asdict(config), config.overwrite)
+    world.barrier()
+    trainer = RLTrainer(config, model, tokenizer, tasks, folder, world)
+    if notes:
+        trainer.restore(tensors, notes)
+        say(f"resumed at step {trainer.step} of {config.steps}")
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    total, moving = sum(n for n, _ in sizes), sum(n for n, moves in sizes if moves)
+    say(f"policy      {base}: {moving:,} of {total:,} parameters are trained\n"
+        f"task        {config.task}, such as {draw_questions(tasks, 'train', 'example', [0])[0].problem.question}\n"
+        f"objective   {config.variant}: {config.questions} questions x {config.group_size} answers a step, "
+        f"{config.updates} update{'s' * (config.updates > 1)}\nrun         {config.steps} steps into {folder.path}")
+    return trainer
+
+
+def check_room(config: RLConfig, model: Transformer, tokenizer, tasks: list[Task]) -> None:
+    """Raises UserError when an answer of `max_new_tokens` does not fit behind a question."""
+    questions = draw_questions(tasks, "train", "room", range(16))
+    longest = max(len(tokenizer.encode_trusted(prompt_text(q.problem.question))) for q in questions)
+    context = model.config.max_position_embeddings
+    if longest + config.max_new_tokens > context:
+        raise UserError(f"max_new_tokens: got {config.max_new_tokens}; questions have up to {longest} tokens and the "
+                        f"context {context}, wanted at most {context - longest}")
+
+
+def final_report(trainer: RLTrainer) -> None:
+    """The table at the end of a run: the base beside the policy, and where the time went."""
+    before, after = trainer.before, trainer.evaluate(is_full=True)
+    def cell(pair):
+        return f"{100 * pair[0]:5.1f} ± {100 * pair[1]:3.1f} %"
+
+    lines = [f"{'':26}{'base':>16}{'after RL':>16}"]
+    entries = [("pass@1, sampled", "accuracy"), ("pass@1, greedy", "greedy")]
+    for name, key in entries:
+        lines.append(f"{name:26}{cell(before[key]):>16}{cell(after[key]):>16}")
+    for kind in ("pass", "majority"):
+        for k in list(before[kind])[1:]:
+            lines.append(f"{kind + '@' + k:26}{cell(before[kind][k]):>16}{cell(after[kind][k]):>16}")
+    for name, pair in before["harder"].items():
+        lines.append(f"{name:26}{cell(pair):>16}{cell(after['harder'][name]):>16}")
+    lines.append(f"{'format':26}{100 * before['format']:14.1f} %{100 * after['format']:14.1f} %")
+    lines.append(f"{'length in tokens':26}{before['length']:16.1f}{after['length']:16.1f}")
+    print("\n".join(lines))
+
+
+def main(argv: list[str]) -> None:
+    """One run of RL, or a recipe."""
+    variant = parse_flags(RLConfig, argv, __doc__).variant
+    config = parse_flags(RLConfig, shlex.split(VARIANTS[variant]) + argv, __doc__)
+    world = setup_distributed(config.device)
+    try:
+        trainer = build_trainer(config, world)
+        if trainer.run() and world.is_main:
+            final_report(trainer)
+        elif world.is_main:
+            flags = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
+            print(f"stopped at step {trainer.step} of {config.steps} and saved; to go on:\n"
+                  f"  python rl.py {shlex.join([*flags, '--resume'])}")
+    finally:
+        world.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
