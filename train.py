@@ -582,9 +582,9 @@ class Trainer:
         return values
 
     def losses(self) -> str:
-        """The latest validation losses in words."""
+        """The latest validation losses in words; a corpus of few documents may have none for validation."""
         losses = {name[4:]: loss for name, loss in self.latest.items() if name.startswith("val_")}
-        return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()) or "(no text fell to validation)"
 
     def save(self) -> None:
         """First the checkpoint directory for others, then the state for ourselves."""

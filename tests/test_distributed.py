@@ -61,8 +61,8 @@ def test_two_ranks_are_one(tmp_path, is_masked):
 
 def test_torchrun_gives_the_losses_of_one_process(tmp_path):
     (tmp_path / "text").mkdir()
-    for i in range(90):  # one text in 32 is for validation
-        (tmp_path / "text" / f"{i}.txt").write_text(f"Tale {i}. " + "A small boat on the wide sea. " * 60)
+    for i in range(200):  # one text in 32 is for validation
+        (tmp_path / "text" / f"{i}.txt").write_text(f"Tale {i}. " + "A small boat on the wide sea. " * 40)
     flags = ["--data", "text", "--steps", "6", "--tokens_per_step", "512", "--seq_len", "32", "--device", "cpu",
              "--eval_every", "3", "--eval_tokens", "256", "--micro_batch", "8", "--precision", "fp32", "--set",
              "hidden_size=32", "moe_intermediate_size=16", "num_hidden_layers=2"]
