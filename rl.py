@@ -17,6 +17,7 @@ import json
 import math
 import random
 import shlex
+import sys
 import textwrap
 import time
 from collections import Counter
@@ -32,10 +33,10 @@ from data import UserError, plot
 from data.tasks import Problem, Task, load_task, prompt_text, reward_total, split_completion
 from data.tokenizer import load_tokenizer
 from kernels import IGNORE
-from model import Transformer, load_pretrained, save_pretrained, written_aside
+from model import Transformer, load_pretrained, save_pretrained, write_json, written_aside
 from sample import Generation, generate, knob, parse_flags, run_main
 from train import (Dist, Progress, RunFolder, StopSignal, layer_names, load_optimizer, make_optimizer,
-                   max_violation, optimizer_tensors, setup_distributed, update_routing)
+                   max_violation, minutes, optimizer_tensors, setup_distributed, update_routing)
 
 RATIO_TOLERANCE = 1e-4  # sampler and trainer must agree on log-probs to this, in nats (float32)
 FREE_ON_RESUME = {"resume", "overwrite", "out", "device", "impl", "micro_batch"}
@@ -236,13 +237,17 @@ class Answers:
     questions: list[Question]
     generation: Generation
     texts: list[str]  # (N,) whole completions
-    parts: dict[str, Tensor]  # accuracy, format, ...: (Q, G) each
+    parts: list[dict[str, float]]  # (N,) accuracy, format, ... of each
     rewards: Tensor  # (Q, G)
 
     @property
     def lengths(self) -> Tensor:
         """Sampled tokens of each answer, (N,)."""
         return self.generation.mask.sum(1)
+
+    def part(self, name: str) -> Tensor:
+        """One part of the reward, (Q, G) float64; 0 for a task that does not give it."""
+        return torch.tensor([parts.get(name, 0.0) for parts in self.parts], dtype=torch.float64).view_as(self.rewards)
 
 
 def draw_questions(tasks: list[Task], split: str, where: str, slots, **difficulty) -> list[Question]:
@@ -262,11 +267,9 @@ def ask(model: Transformer, tokenizer, questions: list[Question], num_samples: i
     made = generate(model, prompts, num_samples=num_samples, stop_ids=[tokenizer.eos_id],
                     seed=[q.seed for q in questions], **sampling)
     texts = [tokenizer.decode(made.completion(row)) for row in range(len(made.tokens))]
-    judged = [judge(questions[row // num_samples], text, folder) for row, text in enumerate(texts)]
-    shape = (len(questions), num_samples)
-    parts = {name: torch.tensor([each.get(name, 0.0) for each in judged], dtype=torch.float64).view(shape)
-             for name in dict.fromkeys(name for each in judged for name in each)}
-    rewards = torch.tensor([reward_total(each) for each in judged], dtype=torch.float64).view(shape)
+    parts = [judge(questions[row // num_samples], text, folder) for row, text in enumerate(texts)]
+    rewards = torch.tensor([reward_total(each) for each in parts], dtype=torch.float64)
+    rewards = rewards.view(len(questions), num_samples)
     return Answers(questions, made, texts, parts, rewards)
 
 
@@ -395,8 +398,8 @@ def evaluate(model: Transformer, tokenizer, tasks: list[Task], config: RLConfig,
     right, form, texts, lengths = [], [], [], []
     for start in range(0, len(questions), 16):
         answers = ask(model, tokenizer, questions[start : start + 16], samples, folder, **knobs)
-        right.append(answers.parts["accuracy"] > 0)
-        form.append(answers.parts["format"])
+        right.append(answers.part("accuracy") > 0)
+        form.append(answers.part("format"))
         texts += answers.texts
         lengths.append(answers.lengths.double())
     right = torch.cat(right)  # (Q, n)
@@ -407,7 +410,7 @@ def evaluate(model: Transformer, tokenizer, tasks: list[Task], config: RLConfig,
         votes = [parts and parts[1] for parts in map(split_completion, texts)]
         votes = [votes[i : i + samples] for i in range(0, len(votes), samples)]
         powers = [2**i for i in range(samples.bit_length())]
-        out["greedy"] = mean_error(greedy.parts["accuracy"].squeeze(1))
+        out["greedy"] = mean_error(greedy.part("accuracy").squeeze(1))
         out["pass"] = {k: mean_error(pass_at_k(right, k)) for k in powers}
         out["majority"] = {k: mean_error(majority_at_k(votes, right, k)) for k in powers}
         out["budget"] = {b: mean_error(think_within(model, tokenizer, questions, b, folder, config))
@@ -418,7 +421,7 @@ def evaluate(model: Transformer, tokenizer, tasks: list[Task], config: RLConfig,
             for value in values:
                 questions = draw_questions([task], "test", "harder", range(config.eval_questions), **{key: value})
                 answers = ask(model, tokenizer, questions, 4, folder, **knobs)
-                out["harder"][f"{task.name}, {value} {key}"] = mean_error(answers.parts["accuracy"].mean(1))
+                out["harder"][f"{task.name}, {value} {key}"] = mean_error(answers.part("accuracy").mean(1))
     return json.loads(json.dumps(out))  # as it will be after a resume
 
 
@@ -427,7 +430,7 @@ def think_within(model, tokenizer, questions: list[Question], budget: int, folde
     """Accuracy (Q,) when a thought is cut after `budget` tokens and the answer is asked for at once."""
     begin, end = tokenizer.specials["<think>"], tokenizer.encode_trusted("</think><answer>")
     answers = ask(model, tokenizer, questions, samples, folder, max_new_tokens=budget + 1)
-    right, cut = answers.parts["accuracy"].flatten(), []  # (N,)
+    right, cut = answers.part("accuracy").flatten(), []  # (N,)
     for row in range(len(right)):
         thought = answers.generation.completion(row)
         if thought[:1] == [begin] and end[0] not in thought:
@@ -478,8 +481,7 @@ class RLTrainer:
                 values = self.advance()
                 is_due = self.step % self.config.eval_every == 0 or self.step == self.config.steps
                 if is_due:
-                    found = self.evaluate(is_full=False)
-                    values |= {"eval_accuracy": found["accuracy"][0], "eval_error": found["accuracy"][1]}
+                    values |= zip(("eval_accuracy", "eval_error"), self.evaluate(is_full=False)["accuracy"])
                 self.folder.log(self.row(values))
                 progress.show(self.step, summary(values))
                 self.check_hope(values)
@@ -490,7 +492,20 @@ class RLTrainer:
             if self.step < self.config.steps:
                 self.save()
         progress.bar.close()
-        return self.step == self.config.steps
+        if self.step < self.config.steps:
+            return False
+        self.finish(self.evaluate(is_full=True))
+        return True
+
+    def finish(self, after: dict) -> None:
+        """The base beside the policy: report.txt, report.json and thinking.png."""
+        if self.world.is_main:
+            text = "\n".join([*report(self.before, after), time_split(self.folder.rows())])
+            print("\n" + text)
+            with written_aside(self.folder.path / "report.txt") as aside:
+                aside.write_text(text + "\n")
+            write_json(self.folder.path / "report.json", {"before": self.before, "after": after})
+            thinking_figure(self.folder.path / "thinking.png", {"the base": self.before, "after RL": after})
 
     def advance(self) -> dict[str, float]:
         """One rollout and its updates; returns the columns of the log."""
@@ -535,8 +550,8 @@ class RLTrainer:
         N, G, made = len(answers.texts), self.config.group_size, answers.generation
         style = Counter(answers.questions[row // G].task.style_of(text) for row, text in enumerate(answers.texts))
         style["other"] = N - sum(style[name] for name in self.styles)
-        sums = {"reward": answers.rewards.sum(), "accuracy": answers.parts["accuracy"].sum(),
-                "format": answers.parts["format"].sum(), "truncated": (~made.finished).sum(),
+        sums = {"reward": answers.rewards.sum(), "accuracy": answers.part("accuracy").sum(),
+                "format": answers.part("format").sum(), "language": answers.part("language").sum(), "truncated": (~made.finished).sum(),
                 "entropy": made.entropy.sum(), "tokens": made.mask.sum(), "answers": N, "dead": dead,
                 "asked": asked} | {"style_" + name: style[name] for name in self.styles}
         histogram = torch.bincount(answers.lengths.cpu(), minlength=self.config.max_new_tokens + 1)
@@ -562,8 +577,10 @@ class RLTrainer:
                 if self.reference:
                     micro.ref_logps = score(self.reference, micro, config.temperature)
         scored = time.monotonic()
-        for update in range(config.updates):
-            values = self.update(micros, is_first=update == 0)
+        values = first = self.update(micros, is_first=True)
+        for _ in range(config.updates - 1):
+            values = self.update(micros, is_first=False)
+        values["ratio_gap"] = first["ratio_gap"]
         return values | {"score_s": scored - start, "update_s": time.monotonic() - scored}
 
     def update(self, micros: list[Batch], is_first: bool) -> dict[str, float]:
@@ -615,7 +632,7 @@ class RLTrainer:
 
     def evaluate(self, is_full: bool) -> dict:
         """Rank 0 examines the policy; the others wait."""
-        found, config = {}, self.config
+        found, config = {"accuracy": ("", "")}, self.config
         if self.world.is_main:
             samples = config.eval_samples if is_full else min(8, config.eval_samples)
             found = evaluate(self.model, self.tokenizer, self.tasks, config, self.folder.path, samples, is_full)
@@ -629,7 +646,7 @@ class RLTrainer:
         questions = draw_questions(self.tasks, "test", "strip", range(5))
         answers = ask(self.model, self.tokenizer, questions, 1, self.folder.path,
                       max_new_tokens=self.config.max_new_tokens)
-        self.strips.append([self.step, answers.texts, answers.parts["accuracy"].flatten().tolist()])
+        self.strips.append([self.step, answers.texts, answers.part("accuracy").flatten().tolist()])
         strips = [strip(questions, self.strips[0], after) for after in self.strips[1:]]
         with written_aside(self.folder.path / "answers.txt") as aside:
             aside.write_text("\n\n".join(strips) + "\n")
@@ -638,7 +655,7 @@ class RLTrainer:
 
     def row(self, values: dict[str, float]) -> dict:
         """The values in the order of the log's columns; empty where there is none."""
-        columns = ["step", "reward", "accuracy", "format", "length", "length_q1", "length_q3", "truncated",
+        columns = ["step", "reward", "accuracy", "format", "language", "length", "length_q1", "length_q3", "truncated",
                    *("style_" + name for name in self.styles), "total", "pg", "kl", "entropy", "dead", "clipped",
                    "dropped", "ratio_gap", "grad_norm", "lr", "max_vio", "rollout_s", "score_s", "update_s",
                    "seconds", "eval_accuracy", "eval_error"]
@@ -652,7 +669,9 @@ class RLTrainer:
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.reference:
             tensors |= {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
-        tensors |= optimizer_tensors(self.model, self.optimizer) | {"loads": torch.stack(self.loads)}
+        tensors |= optimizer_tensors(self.model, self.optimizer)
+        if self.loads:
+            tensors["loads"] = torch.stack(self.loads)  # (steps, MoE layers, E)
         self.folder.save(tensors, {"step": self.step, "seconds": self.seconds, "before": self.before,
                                    "strips": self.strips, "hopeless": self.hopeless})
         self.world.barrier()
@@ -664,7 +683,7 @@ class RLTrainer:
                 model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()
                                        if name.startswith(prefix)})
         load_optimizer(self.model, self.optimizer, tensors)
-        self.loads = list(tensors["loads"])
+        self.loads = list(tensors.get("loads", ()))
         for name in ("step", "seconds", "before", "strips", "hopeless"):
             setattr(self, name, notes[name])
 
@@ -687,30 +706,27 @@ def freeze(model: Transformer, train_router: bool) -> None:
 
 def swap(answers: Answers, fresh: Answers, groups: list[int]) -> Answers:
     """`answers` with the given groups replaced by those of `fresh`, in order."""
-    G = answers.rewards.shape[1]
-    rows = [group * G + i for group in groups for i in range(G)]
+    Q, G = answers.rewards.shape
+    order = list(range(Q))
+    for i, group in enumerate(groups):
+        order[group] = Q + i
+    rows = [group * G + i for group in order for i in range(G)]
+
+    def merge(one, two):
+        if one is None or isinstance(one, list):
+            return one and [merge(x, y) for x, y in zip(one, two)]
+        if one.ndim > 1:  # pad the columns; what stands there is never looked at
+            T = max(one.shape[1], two.shape[1])
+            one, two = (F.pad(x, (0, 0) * (x.ndim - 2) + (0, T - x.shape[1])) for x in (one, two))
+        return torch.cat([one, two])[rows]
+
     old, new = answers.generation, fresh.generation
-    T = max(old.tokens.shape[1], new.tokens.shape[1])
-
-    def put(into, value):
-        if isinstance(into, list):
-            return [put(x, y) for x, y in zip(into, value)]
-        if into is None:
-            return None
-        if into.ndim > 1:  # pad the columns; what stands there is never looked at
-            into, value = (F.pad(x, (0, 0) * (x.ndim - 2) + (0, T - x.shape[1])) for x in (into, value))
-        into = into.clone()
-        into[rows] = value
-        return into
-
-    made = Generation(**{each.name: put(getattr(old, each.name), getattr(new, each.name)) for each in fields(old)})
-    questions, texts = list(answers.questions), list(answers.texts)
-    for group, question in zip(groups, fresh.questions):
-        questions[group] = question
-    for row, text in zip(rows, fresh.texts):
-        texts[row] = text
-    parts = {name: values.index_copy(0, torch.tensor(groups), fresh.parts[name]) for name, values in answers.parts.items()}
-    return Answers(questions, made, texts, parts, answers.rewards.index_copy(0, torch.tensor(groups), fresh.rewards))
+    made = Generation(**{each.name: merge(getattr(old, each.name), getattr(new, each.name)) for each in fields(old)})
+    questions, texts = answers.questions + fresh.questions, answers.texts + fresh.texts
+    parts = answers.parts + fresh.parts
+    rewards = torch.cat([answers.rewards, fresh.rewards])[order]
+    return Answers([questions[i] for i in order], made, [texts[row] for row in rows],
+                   [parts[row] for row in rows], rewards)
 
 
 # ------------------------------------------------------------------------------------------------- seeing
@@ -836,8 +852,8 @@ def build_trainer(config: RLConfig, world: Dist) -> RLTrainer:
 
 
 def check_room(config: RLConfig, model: Transformer, tokenizer, tasks: list[Task]) -> None:
-    """Raises UserError when an answer of `max_new_tokens` does not fit behind a question."""
-    questions = draw_questions(tasks, "train", "room", range(16))
+    """Raises UserError when a split has no question, or an answer of `max_new_tokens` does not fit behind one."""
+    questions = [q for split in ("train", "test") for q in draw_questions(tasks, split, "room", range(16))]
     longest = max(len(tokenizer.encode_trusted(prompt_text(q.problem.question))) for q in questions)
     context = model.config.max_position_embeddings
     if longest + config.max_new_tokens > context:
@@ -845,36 +861,39 @@ def check_room(config: RLConfig, model: Transformer, tokenizer, tasks: list[Task
                         f"context {context}, wanted at most {context - longest}")
 
 
-def final_report(trainer: RLTrainer) -> None:
-    """The table at the end of a run: the base beside the policy, and where the time went."""
-    before, after = trainer.before, trainer.evaluate(is_full=True)
-    def cell(pair):
-        return f"{100 * pair[0]:5.1f} ± {100 * pair[1]:3.1f} %"
+def report(before: dict, after: dict) -> list[str]:
+    """Two full evaluations side by side, as the lines of a table."""
+    def pair(name: str, one, two) -> str:
+        cells = (f"{100 * value[0]:.1f} ± {100 * value[1]:.1f} %" if isinstance(value, list) else f"{value:.1f}  "
+                 for value in (one, two))
+        return f"{name:26}" + "".join(f"{cell:>16}" for cell in cells)
 
-    lines = [f"{'':26}{'base':>16}{'after RL':>16}"]
-    entries = [("pass@1, sampled", "accuracy"), ("pass@1, greedy", "greedy")]
-    for name, key in entries:
-        lines.append(f"{name:26}{cell(before[key]):>16}{cell(after[key]):>16}")
+    lines = [f"{'':26}{'the base':>16}{'after RL':>16}"]
+    for name, key in (("pass@1, sampled", "accuracy"), ("pass@1, greedy", "greedy")):
+        lines.append(pair(name, before[key], after[key]))
     for kind in ("pass", "majority"):
-        for k in list(before[kind])[1:]:
-            lines.append(f"{kind + '@' + k:26}{cell(before[kind][k]):>16}{cell(after[kind][k]):>16}")
-    for name, pair in before["harder"].items():
-        lines.append(f"{name:26}{cell(pair):>16}{cell(after['harder'][name]):>16}")
-    lines.append(f"{'format':26}{100 * before['format']:14.1f} %{100 * after['format']:14.1f} %")
-    lines.append(f"{'length in tokens':26}{before['length']:16.1f}{after['length']:16.1f}")
-    print("\n".join(lines))
+        lines += [pair(f"{kind}@{k}", before[kind][k], after[kind][k]) for k in list(before[kind])[1:]]
+    lines += [pair(name, before["harder"][name], after["harder"][name]) for name in before["harder"]]
+    return lines + [pair("format in %", 100 * before["format"], 100 * after["format"]),
+                    pair("length in tokens", before["length"], after["length"])]
+
+
+def time_split(rows: list[dict]) -> str:
+    """Where the time of a run went, from its log."""
+    sums = [sum(float(row[name]) for row in rows) for name in ("rollout_s", "score_s", "update_s")]
+    shares = (f"{name} {100 * part / sum(sums):.0f} %" for name, part in zip(("rollout", "score", "update"), sums))
+    return f"time        {minutes(sum(sums))}: {', '.join(shares)}; evaluation apart"
 
 
 def main(argv: list[str]) -> None:
     """One run of RL, or a recipe."""
+    sys.path.append("")  # --task module:Class is looked for in the user's folder
     variant = parse_flags(RLConfig, argv, __doc__).variant
     config = parse_flags(RLConfig, shlex.split(VARIANTS[variant]) + argv, __doc__)
     world = setup_distributed(config.device)
     try:
         trainer = build_trainer(config, world)
-        if trainer.run() and world.is_main:
-            final_report(trainer)
-        elif world.is_main:
+        if not trainer.run() and world.is_main:
             flags = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
             print(f"stopped at step {trainer.step} of {config.steps} and saved; to go on:\n"
                   f"  python rl.py {shlex.join([*flags, '--resume'])}")

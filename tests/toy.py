@@ -1,0 +1,61 @@
+"""Tasks that a model with random weights solves now and then; `toy:Letters` on the command line."""
+
+import os
+import signal
+from pathlib import Path
+
+from data.tasks import Problem, Task
+
+
+class Letters(Task):
+    """Right is an answer that has a "g"; well formed is one that has no "a"."""
+
+    name = "letters"
+
+    def make(self, rng):
+        return Problem(f"say {rng.randrange(100_000)}", "g")
+
+    def reward(self, problem, completion):
+        return {"accuracy": float("g" in completion), "format": float("a" not in completion)}
+
+
+class Deadly(Letters):
+    """Kills its process at the 110th answer when the file "armed" is in the current folder."""
+
+    asked = 0
+
+    def reward(self, problem, completion):
+        self.asked += 1
+        if self.asked == 110 and Path("armed").exists():
+            Path("armed").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().reward(problem, completion)
+
+
+class Never(Letters):
+    """No answer is ever right."""
+
+    def reward(self, problem, completion):
+        return {"accuracy": 0.0, "format": 0.0}
+
+
+class Half(Letters):
+    """Every other group is alive: even questions are rewarded, odd ones never."""
+
+    def reward(self, problem, completion):
+        is_even = int(problem.question.split()[1]) % 2 == 0
+        return {"accuracy": float(is_even and "g" in completion), "format": 0.0}
+
+
+class Broken(Letters):
+    """A verifier with a fault."""
+
+    def reward(self, problem, completion):
+        return {"accuracy": 1 / completion.count("\0")}
+
+
+class OneQuestion(Letters):
+    """The test split is empty."""
+
+    def make(self, rng):
+        return Problem("say 1", "g")
