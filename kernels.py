@@ -23,6 +23,27 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+# --------------------------------------------------------------------------------------- matrix products
+
+
+MANY_ROWS = 64  # from here on oneDNN's float32 products are the faster ones, below it MKL's
+
+
+def onednn_is_exact() -> bool:
+    """Whether oneDNN's float32 products are as exact as MKL's here, which on many CPUs take twice as long.
+
+    PyTorch calls oneDNN for them at the precision "medium" only, which permits, but does not ask for, rounding
+    to bfloat16; a CPU with AMX does round.
+    """
+    if not torch.backends.mkldnn.is_available() or "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return False
+    x = torch.linspace(-9.0, 9.0, 256 * 256).sin().view(256, 256)
+    torch.set_float32_matmul_precision("medium")
+    error = (x @ x - x.double() @ x.double()).abs().max()
+    torch.set_float32_matmul_precision("highest")
+    return bool(error < 1e-3)  # rounding to bfloat16 is off by 0.1
+
+
 # ---------------------------------------------------------------------------------------------- RMSNorm
 
 
@@ -41,11 +62,17 @@ class _RMSNorm(torch.autograd.Function):
     """Keeps the input and one number per row, where autograd would keep the normed row as well."""
 
     @staticmethod
-    def forward(ctx, x, weight, eps):
+    def normed(x, weight, eps):
+        """The result, and the factor of each row (..., 1)."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=at_least_float32(x.dtype))  # (..., 1)
         scale = torch.rsqrt(length.square_().div_(x.shape[-1]).add_(eps)).to(x.dtype)
+        return (x * scale).mul_(weight.to(x.dtype)), scale
+
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y, scale = _RMSNorm.normed(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight.to(x.dtype))
+        return y
 
     @staticmethod
     def backward(ctx, grad):
@@ -60,7 +87,7 @@ class _RMSNorm(torch.autograd.Function):
 
 def rms_norm_fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same as one autograd Function."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps) if torch.is_grad_enabled() else _RMSNorm.normed(x, weight, eps)[0]
 
 
 # ------------------------------------------------------------------------------------------------- RoPE
@@ -187,32 +214,35 @@ def causal_attention_fused(q_nope, q_pe, k_nope, k_pe, v, scale):
     return out[..., :Dv].transpose(1, 2)  # (B, T, H, Dv)
 
 
-def latent_attention_reference(q_latent, q_pe, c_kv, k_pe, positions, scale):
+def latent_attention_reference(q_latent, q_pe, latent, positions, scale):
     """Absorbed latent attention: every head reads the same cached latents (V2 section 2.1.2).
 
     `z_i = sum_{s<=position} softmax_s(scale * (q_latent_i . c_s + q_pe_i . k_pe_s)) c_s`
 
-    q_latent (B, T, H, R) is `W_UK^T q_nope`; q_pe (B, T, H, P); c_kv (B, S, R); k_pe (B, S, P);
+    q_latent (B, T, H, R) is `W_UK^T q_nope`; q_pe (B, T, H, P); latent (B, S, R+P) holds `[c ; k_pe]`;
     positions (B, T) int64. Returns (B, T, H, R); the caller applies `W_UV`.
     """
+    c_kv, k_pe = latent.split((q_latent.shape[-1], q_pe.shape[-1]), dim=-1)  # (B, S, R), (B, S, P)
     scores = torch.einsum("bthr,bsr->bths", q_latent, c_kv) + torch.einsum("bthp,bsp->bths", q_pe, k_pe)
-    slots = torch.arange(c_kv.shape[1], device=c_kv.device)  # (S,)
+    slots = torch.arange(latent.shape[1], device=latent.device)  # (S,)
     hidden = slots > positions[:, :, None, None]  # (B, T, 1, S): keys after the query
-    scores = (scores * scale).to(at_least_float32(c_kv.dtype)).masked_fill(hidden, float("-inf"))
-    return torch.einsum("bths,bsr->bthr", scores.softmax(-1).to(c_kv.dtype), c_kv)
+    scores = (scores * scale).to(at_least_float32(latent.dtype)).masked_fill(hidden, float("-inf"))
+    return torch.einsum("bths,bsr->bthr", scores.softmax(-1).to(latent.dtype), c_kv)
 
 
-def latent_attention_fused(q_latent, q_pe, c_kv, k_pe, positions, scale):
-    """The same as two batched products: heads and tokens of a row are queries of one shared key."""
+def latent_attention_fused(q_latent, q_pe, latent, positions, scale):
+    """The same as two products with the cache as it lies in memory: heads are queries of one shared key.
+
+    The weighted sum takes `k_pe` along, which is cheaper than to copy the latents away from it.
+    """
     B, T, H, R = q_latent.shape
-    S = c_kv.shape[1]
-    scores = torch.bmm(q_latent.reshape(B, T * H, R), c_kv.transpose(1, 2))  # (B, T*H, S)
-    turned = q_pe.reshape(B, T * H, q_pe.shape[-1])
-    scores = torch.baddbmm(scores, turned, k_pe.transpose(1, 2), beta=scale, alpha=scale)
-    hidden = torch.arange(S, device=c_kv.device) > positions[:, :, None]  # (B, T, S)
-    wide = scores.view(B, T, H, S).to(at_least_float32(c_kv.dtype))
-    weights = wide.masked_fill_(hidden[:, :, None], float("-inf")).softmax(-1).to(c_kv.dtype)
-    return torch.bmm(weights.view(B, T * H, S), c_kv).view(B, T, H, R)
+    S = latent.shape[1]
+    q = torch.cat((q_latent, q_pe), -1).mul_(scale).view(B, T * H, latent.shape[2])
+    slots = torch.arange(S, device=latent.device)
+    hidden = (slots > positions[:, :, None]).unsqueeze(2).expand(-1, -1, H, -1).reshape(B, T * H, S)
+    wide = torch.bmm(q, latent.transpose(1, 2)).to(at_least_float32(latent.dtype))  # (B, T*H, S)
+    weights = wide.masked_fill_(hidden, float("-inf")).softmax(-1).to(latent.dtype)
+    return torch.bmm(weights, latent)[..., :R].view(B, T, H, R)
 
 
 # ---------------------------------------------------------------------------------------------- experts
@@ -303,9 +333,33 @@ class _ExpertFFN(torch.autograd.Function):
         return grad_u.to(u.dtype), grad_gate_up, grad_down, None, grad_gates.view_as(gates)
 
 
+def _expert_ffn_forward(u, gate_up, down, topk_idx, gates):
+    """For decoding, where rows are few: only the chosen experts are visited, nothing is kept or rounded up."""
+    K = topk_idx.shape[1]
+    chosen = topk_idx.flatten().tolist()
+    order = sorted(range(len(chosen)), key=chosen.__getitem__)  # the pairs (token, k) by expert
+    pairs = torch.tensor(order, dtype=torch.int64)  # (N*K,)
+    token, weight = pairs // K, gates.flatten()[pairs].unsqueeze(1)  # (N*K,), (N*K, 1)
+    groups, start = [], 0
+    for expert in sorted(set(chosen)):
+        groups.append((expert, slice(start, start := start + chosen.count(expert))))
+    x = u[token]  # (N*K, C)
+    packed = x.new_empty(len(order), gate_up.shape[1])  # (N*K, 2F)
+    for expert, rows in groups:
+        torch.mm(x[rows], gate_up[expert].t(), out=packed[rows])
+    gate, up = packed.chunk(2, dim=-1)  # (N*K, F)
+    hidden = F.silu(gate).mul_(up)
+    for expert, rows in groups:
+        torch.mm(hidden[rows], down[expert].t(), out=x[rows])
+    wide = weight.to(at_least_float32(u.dtype)) * x  # (N*K, C)
+    return torch.zeros(u.shape, dtype=wide.dtype).index_add_(0, token, wide).to(u.dtype)
+
+
 def expert_ffn_fused(u, gate_up, down, topk_idx, gates):
     """The same over sorted pairs, gate and up joined in one product, written as one autograd Function."""
-    return _ExpertFFN.apply(u, gate_up, down, topk_idx, gates)
+    if torch.is_grad_enabled() or topk_idx.numel() > 16 * len(gate_up):
+        return _ExpertFFN.apply(u, gate_up, down, topk_idx, gates)
+    return _expert_ffn_forward(u, gate_up, down, topk_idx, gates)
 
 
 # ---------------------------------------------------------------------------------------- cross-entropy
@@ -408,6 +462,12 @@ class Kernels(NamedTuple):
     expert_ffn: Callable
     linear_cross_entropy: Callable
     reasons: tuple[str, ...] = ()
+    has_onednn: bool = False
+
+    def begin(self, rows: int) -> None:
+        """Before a forward pass over `rows` tokens: who multiplies float32 matrices, in the whole process."""
+        if self.has_onednn:
+            torch.set_float32_matmul_precision("medium" if rows >= MANY_ROWS else "highest")
 
 
 def select(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Kernels:
@@ -417,4 +477,8 @@ def select(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = t
     """
     if impl not in ("reference", "fused"):
         raise ValueError(f"impl: got {impl!r}, wanted 'reference' or 'fused'")
-    return Kernels(**{name: getattr(op, impl) for name, op in OPS.items()})
+    reasons, has_onednn = [], impl == "fused" and torch.device(device).type == "cpu" and onednn_is_exact()
+    if has_onednn:
+        reasons.append("float32 products by oneDNN, as exact as MKL's")
+    return Kernels(**{name: getattr(op, impl) for name, op in OPS.items()}, reasons=tuple(reasons),
+                   has_onednn=has_onednn)

@@ -314,6 +314,8 @@ class Cache:
     `length` and never moves it: the caller calls `advance`.
     """
 
+    ROUND = 32  # keys are shown in steps of this many, since oneDNN compiles a kernel for every new number
+
     def __init__(self, config: Config, batch: int, capacity: int, device=None, dtype=torch.float32):
         self.rank = config.kv_lora_rank
         width = config.kv_lora_rank + config.qk_rope_head_dim
@@ -334,11 +336,14 @@ class Cache:
         return self.buffer[..., self.rank :]
 
     def write(self, layer: int, latent: Tensor, positions: Tensor) -> Tensor:
-        """Store latent (B, T, R+P) at positions (B, T); returns everything up to the longest row (B, S, R+P)."""
-        T = latent.shape[1]
+        """Store latent (B, T, R+P) at positions (B, T); returns what is held, (B, S, R+P),
+
+        up to the longest row and a little over: keys behind a query's position have no weight anyway.
+        """
+        end = self.longest + latent.shape[1]
         rows = torch.arange(len(latent), device=latent.device).unsqueeze(1)  # (B, 1)
         self.buffer[layer].index_put_((rows, positions), latent.to(self.buffer.dtype))
-        return self.buffer[layer, :, : self.longest + T]
+        return self.buffer[layer, :, : end + -end % self.ROUND]
 
     def advance(self, tokens: int | Tensor) -> None:
         """Accept `tokens` more: one number for all rows, or (B,) for rows of unequal prompts."""
@@ -408,9 +413,8 @@ class Attention(nn.Module):
         if step.cache is not None:
             visible = step.cache.write(layer, latent, step.positions)  # (B, S, R+P)
             latent = latent if is_alone else visible.to(h.dtype)
-        c_kv, k_pe = latent.split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), dim=-1)
         attend = self.expanded if is_alone else self.absorbed
-        o = attend(q_nope, q_pe, c_kv, k_pe, step)  # (B, T, H, Dv)
+        o = attend(q_nope, q_pe, latent, step)  # (B, T, H, Dv)
         return self.o_proj(o.flatten(2))
 
     def queries(self, h: Tensor, step: Pass) -> tuple[Tensor, Tensor]:
@@ -434,23 +438,24 @@ class Attention(nn.Module):
         k_pe = step.ops.apply_rope(k_pe.unsqueeze(2), step.cos, step.sin).squeeze(2)
         return torch.cat((self.kv_a_layernorm(c_kv, step.ops), k_pe), dim=-1)
 
-    def expanded(self, q_nope, q_pe, c_kv, k_pe, step: Pass) -> Tensor:
+    def expanded(self, q_nope, q_pe, latent, step: Pass) -> Tensor:
         """Keys and values per head, `[k_nope ; v] = W_UKV c_kv` (V3 eqs 2 and 5); T queries on T keys."""
         config = self.config
+        c_kv, k_pe = latent.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         kv = self.kv_b_proj(c_kv).unflatten(-1, (config.num_attention_heads, -1))  # (B, T, H, D+Dv)
         k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
         return step.ops.causal_attention(q_nope, q_pe, k_nope, k_pe, v, self.scale)
 
-    def absorbed(self, q_nope, q_pe, c_kv, k_pe, step: Pass) -> Tensor:
+    def absorbed(self, q_nope, q_pe, latent, step: Pass) -> Tensor:
         """`W_UK` moves into the query and `W_UV` behind the sum (V2 section 2.1.2); T queries on S latents."""
         config = self.config
-        weight = self.kv_b_proj.weight.to(c_kv.dtype).unflatten(0, (config.num_attention_heads, -1))
+        weight = self.kv_b_proj.weight.to(latent.dtype).unflatten(0, (config.num_attention_heads, -1))
         w_uk, w_uv = weight.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)  # (H, D, R), (H, Dv, R)
         q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w_uk)  # (B, T, H, R)
         positions = step.positions
         if positions is None:
             positions = torch.arange(q_nope.shape[1], device=q_nope.device).expand(q_nope.shape[:2])  # (B, T)
-        z = step.ops.latent_attention(q_latent, q_pe, c_kv, k_pe, positions, self.scale)  # (B, T, H, R)
+        z = step.ops.latent_attention(q_latent, q_pe, latent, positions, self.scale)  # (B, T, H, R)
         return torch.einsum("bthr,hvr->bthv", z, w_uv)
 
 
@@ -689,6 +694,7 @@ class Transformer(nn.Module):
         Raises UserError when the text is longer than max_position_embeddings or the cache.
         """
         self._check(tokens, targets, cache)
+        self.ops.begin(tokens.numel())
         step = self._new_pass(tokens, cache)
         h, routings = self.trunk(tokens, step, replay)
         if targets is None:

@@ -215,10 +215,9 @@ def absorbed_equals_expanded(impl="reference", dtype=torch.float32, **changes):
     h = torch.randn(2, 50, model.config.hidden_size, dtype=dtype)
     q_nope, q_pe = attention.queries(h, step)
     latent = attention.latents(h, step)
-    c_kv, k_pe = latent.split((model.config.kv_lora_rank, model.config.qk_rope_head_dim), dim=-1)
-    absorbed = attention.absorbed(q_nope, q_pe, c_kv, k_pe, step)
+    absorbed = attention.absorbed(q_nope, q_pe, latent, step)
     assert absorbed.std() > 0.1
-    return close(absorbed, attention.expanded(q_nope, q_pe, c_kv, k_pe, step),
+    return close(absorbed, attention.expanded(q_nope, q_pe, latent, step),
                  TOLERANCE if dtype == torch.float32 else 1e-12, "absorbed against expanded")
 
 

@@ -113,13 +113,14 @@ def _(monkeypatch):
 def _(monkeypatch):
     original = Attention.expanded
 
-    def expanded(self, q_nope, q_pe, c_kv, k_pe, step):
+    def expanded(self, q_nope, q_pe, latent, step):
+        c_kv = latent[..., : self.config.kv_lora_rank]
         weight = self.kv_b_proj.weight.unflatten(0, (self.config.num_attention_heads, -1))[:, : q_nope.shape[-1]]
         keys = torch.einsum("bsr,hdr->bshd", c_kv, weight)
         extra = step.ops.apply_rope(keys, step.cos, step.sin) - keys
         kernel = step.ops.causal_attention
         ops = step.ops._replace(causal_attention=lambda q, qp, k, *rest: kernel(q, qp, k + extra, *rest))
-        return original(self, q_nope, q_pe, c_kv, k_pe, ours.replace(step, ops=ops))
+        return original(self, q_nope, q_pe, latent, ours.replace(step, ops=ops))
 
     monkeypatch.setattr(Attention, "expanded", expanded)
 
@@ -203,8 +204,8 @@ def _(monkeypatch):
 def _(monkeypatch):
     original = kernels.latent_attention_reference
 
-    def square_mask(q_latent, q_pe, c_kv, k_pe, positions, scale):
-        return original(q_latent, q_pe, c_kv, k_pe, positions - positions[:, :1], scale)
+    def square_mask(q_latent, q_pe, latent, positions, scale):
+        return original(q_latent, q_pe, latent, positions - positions[:, :1], scale)
 
     monkeypatch.setitem(kernels.OPS, "latent_attention", kernels.Op(square_mask, square_mask))
 
