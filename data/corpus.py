@@ -28,10 +28,10 @@ from data.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 VAL_SHARE = 8  # of 256 hash values
-REASONING = {"chain": 62_000, "countdown": 6_000, "compare": 6_000}  # documents
+REASONING = {"chain": 110_000, "countdown": 3_000, "compare": 3_000}  # documents
 DRILLS = 0.25  # share of documents that are drills, for tasks that have them
-STORIES = 13_000  # documents
-CODE_CHARS, CODE_DOCUMENT = 3_000_000, 16_000
+STORIES = 7_000  # documents
+CODE_CHARS, CODE_DOCUMENT = 1_500_000, 16_000
 SKIPPED = {"encodings", "lib2to3", "idle_test", "test", "tests", "site-packages", "dist-packages"}
 HUB = "https://huggingface.co/datasets"
 URLS = {"shakespeare": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
@@ -63,7 +63,7 @@ def is_val(key: str) -> bool:
 
 
 def code_documents(root: Path) -> Iterator[Document]:
-    """The first 16,000 characters of library files, in an order given by a hash of their names, up to 3 MB."""
+    """The first 16,000 characters of library files, in an order given by a hash of their names, up to 1.5 MB."""
     names = [path.relative_to(root) for path in root.rglob("*.py")]
     names = [name.as_posix() for name in names if not SKIPPED & set(name.parts)]
     total = 0
