@@ -14,6 +14,8 @@ import gc
 import json
 import math
 import os
+import random
+import re
 import shlex
 import signal
 import sys
@@ -35,6 +37,7 @@ from tqdm import tqdm
 from data import UserError, nearest, plot
 from data.corpus import prepare
 from data.loader import Loader, eval_batches
+from data.tasks import BOS, load_task, prompt_text
 from data.tokenizer import load_tokenizer
 from kernels import IGNORE
 from model import (PRESETS, Config, Transformer, count_parameters, flops_per_token, load_pretrained,
@@ -743,6 +746,8 @@ def final_report(trainer: Trainer) -> None:
           f"speed       {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the main model\n"
           f"time        {minutes(trainer.seconds)}, without preparation and evaluation\n"
           f"memory      {peak_memory(trainer.world.device)} at most\ncheckpoint  {trainer.folder.path}")
+    if trainer.config.data == "local":
+        print(f"reasoning   {fitness(trainer)}")
     for domain, text in samples(trainer).items():
         print(f"\n--- {domain} {'-' * (60 - len(domain))}\n{text}")
 
@@ -766,8 +771,26 @@ def samples(trainer: Trainer, new_tokens: int = 64) -> dict[str, str]:
         prompt = opening(trainer.evals[name][0][0].flatten().tolist(), tokenizer)
         made = generate(trainer.model, [prompt], max_new_tokens=new_tokens, temperature=0.7,
                         stop_ids=(tokenizer.eos_id,), seed=trainer.config.seed)
-        texts[name[4:]] = f"{tokenizer.decode(prompt)} │ {tokenizer.decode(made.completion(0))}"
+        texts[name[4:]] = f"{tokenizer.decode(prompt).removeprefix(BOS)} │ {tokenizer.decode(made.completion(0))}"
     return texts
+
+
+def fitness(trainer: Trainer, questions: int = 200) -> str:
+    """What rl.py will find: how often a single step of a chain is right (greedy), and a whole answer (sampled)."""
+    task, rng, tokenizer, stop = load_task("chain"), random.Random(0), trainer.tokenizer, trainer.tokenizer.eos_id
+    problems, begun, results = [task.problem(rng, "test") for _ in range(questions)], [], []
+    for problem in problems:
+        text = prompt_text(problem.question) + task.trace(problem, rng, style="full", tagged=True)
+        cut = rng.choice([place.end() for place in re.finditer("=", text.partition("</think>")[0])][1:])
+        begun.append(tokenizer.encode_trusted(text[:cut]))  # up to the "=" of some step; the first one is the question's
+        results.append(tokenizer.encode(text[cut]))
+    steps = generate(trainer.model, begun, max_new_tokens=1, temperature=0)
+    right = sum(steps.completion(row) == result for row, result in enumerate(results))
+    whole = generate(trainer.model, [tokenizer.encode_trusted(prompt_text(problem.question)) for problem in problems],
+                     max_new_tokens=96, stop_ids=(stop,), seed=0)
+    solved = sum(task.reward(problem, tokenizer.decode(whole.completion(row)))["accuracy"]
+                 for row, problem in enumerate(problems))
+    return f"single steps right {right / questions:.0%}, whole answers {solved / questions:.0%}: python rl.py goes on from here"
 
 
 def opening(tokens: list[int], tokenizer, length: int = 12) -> list[int]:
