@@ -9,6 +9,7 @@ Shapes use the legend of model.py.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -248,7 +249,7 @@ def latent_attention_fused(q_latent, q_pe, latent, positions, scale):
 # ---------------------------------------------------------------------------------------------- experts
 
 
-def expert_ffn_reference(u, gate_up, down, topk_idx, gates):
+def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=F.linear):
     """The routed half of a MoE layer (V3 eq 12): `y_n = sum_k gates_nk * FFN_{topk_idx_nk}(u_n)`.
 
     u (N, C); gate_up (E, 2F, C), gate rows first; down (E, C, F); topk_idx and gates (N, K).
@@ -257,8 +258,8 @@ def expert_ffn_reference(u, gate_up, down, topk_idx, gates):
     y = torch.zeros_like(u, dtype=at_least_float32(u.dtype))  # (N, C)
     for expert in range(gate_up.shape[0]):
         rows, slots = torch.where(topk_idx == expert)  # the (token, slot) pairs of this expert
-        gate, up = F.linear(u[rows], gate_up[expert]).chunk(2, dim=-1)  # (n, F) each
-        out = F.linear(F.silu(gate) * up, down[expert])  # (n, C)
+        gate, up = linear(u[rows], gate_up[expert]).chunk(2, dim=-1)  # (n, F) each
+        out = linear(F.silu(gate) * up, down[expert])  # (n, C)
         y = y.index_add(0, rows, out.to(y.dtype) * gates[rows, slots, None].to(y.dtype))
     return y.to(u.dtype)
 
@@ -362,6 +363,109 @@ def expert_ffn_fused(u, gate_up, down, topk_idx, gates):
     return _expert_ffn_forward(u, gate_up, down, topk_idx, gates)
 
 
+def expert_ffn_grouped(u, gate_up, down, topk_idx, gates):
+    """The same for a GPU: sorted pairs through torch's grouped product, no word from the device to the host."""
+    E, K = len(gate_up), topk_idx.shape[1]
+    chosen, order = topk_idx.flatten().sort()  # (N*K,) each
+    token, weight = order // K, gates.flatten()[order].unsqueeze(1)  # (N*K,), (N*K, 1)
+    ends = torch.searchsorted(chosen, torch.arange(E, device=u.device), right=True, out_int32=True)  # (E,)
+    gate, up = F.grouped_mm(u[token], gate_up.mT, offs=ends).chunk(2, dim=-1)  # (N*K, F) each
+    out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)  # (N*K, C)
+    wide = at_least_float32(u.dtype)
+    return torch.zeros_like(u, dtype=wide).index_add(0, token, out * weight.to(wide)).to(u.dtype)
+
+
+# ------------------------------------------------------------------------------------------------- FP8
+
+
+TILE = 128  # V3 section 3.3: activations are scaled in tiles of 1 x 128, weights in blocks of 128 x 128
+E4M3_MAX = 448.0
+LEAST = 1e-30  # so that a block of zeros has a scale; DeepSeek's code takes 1e-4 for activations
+
+
+def quantise(x: Tensor, rows: int, least: float = LEAST) -> tuple[Tensor, Tensor]:
+    """E4M3 codes of x (M, K) and the float32 scale of every block of `rows` x 128: `s = max(amax, least) / 448`.
+
+    At a ragged edge a block holds what there is. Scales have shape (ceil(M/rows), ceil(K/128)).
+    """
+    M, K = x.shape
+    padded = F.pad(x.float(), (0, -K % TILE, 0, -M % rows))
+    blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // TILE, TILE)
+    scales = blocks.abs().amax((1, 3)).clamp(min=least) / E4M3_MAX
+    codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+    return codes.view(padded.shape)[:M, :K], scales
+
+
+def dequantise(codes: Tensor, scales: Tensor, rows: int) -> Tensor:
+    """The float32 matrix that the codes (M, K) and scales of `quantise` stand for."""
+    M, K = codes.shape
+    return codes.float() * scales.repeat_interleave(TILE, 1)[:, :K].repeat_interleave(rows, 0)[:M]
+
+
+def fp8_product(a, b, b_rows: int, dtype, units: bool = False) -> Tensor:
+    """`a b^T` of quantised a (M, K) in tiles and b (N, K) in tiles or blocks, summed in float32: (M, N).
+
+    With `units` by the FP8 units of a Hopper GPU, else emulated: the same products of the same codes.
+    """
+    if units and a[0].shape[1] % TILE == 0 and len(b[0]) % TILE == 0:
+        kinds = {1: F.ScalingType.BlockWise1x128, TILE: F.ScalingType.BlockWise128x128}
+        a_scales, b_scales = a[1].t().contiguous().t(), b[1].t().contiguous().t()  # rows lie next to each other
+        return F.scaled_mm(a[0].contiguous(), b[0].contiguous().t(), a_scales, kinds[1], b_scales, kinds[b_rows],
+                           output_dtype=torch.bfloat16).to(dtype)
+    return (dequantise(*a, 1) @ dequantise(*b, b_rows).t()).to(dtype)
+
+
+def try_fp8_units(device: torch.device) -> tuple[bool, str]:
+    """Whether F.scaled_mm multiplies scaled blocks there as the emulation does, and what to say about it."""
+    if device.type != "cuda" or not hasattr(F, "scaled_mm") or torch.cuda.get_device_capability(device) != (9, 0):
+        return False, f"fp8 emulated: {device.type} here has no units for scaled FP8 blocks"
+    x = torch.randn(2 * TILE, 2 * TILE, device=device)
+    a, b = quantise(x, 1), quantise(x, TILE)
+    exact = fp8_product(a, b, TILE, torch.float32)
+    try:
+        off = (fp8_product(a, b, TILE, torch.float32, units=True) - exact).norm() / exact.norm()
+    except RuntimeError as error:
+        return False, f"fp8 emulated: F.scaled_mm refuses, {error}"
+    return bool(off < 0.01), f"fp8 by F.scaled_mm where widths are multiples of 128 (else emulated), off by {off:.1e}"
+
+
+class _FP8Linear(torch.autograd.Function):
+    """Quantised forward, input gradient and weight gradient (V3 figure 6); keeps the codes of the input."""
+
+    @staticmethod
+    def forward(ctx, x, weight, units):
+        flat = x.reshape(-1, x.shape[-1])  # (M, K)
+        a, w = quantise(flat, 1, least=1e-4), quantise(weight, TILE)
+        ctx.save_for_backward(*a, *w)
+        ctx.dtypes, ctx.units = (x.dtype, weight.dtype), units
+        return fp8_product(a, w, TILE, x.dtype, units).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, grad):
+        codes, scales, w_codes, w_scales = ctx.saved_tensors
+        dy = grad.reshape(-1, grad.shape[-1])  # (M, N)
+        dx = fp8_product(quantise(dy, 1), (w_codes.t(), w_scales.t()), TILE, ctx.dtypes[0], ctx.units)
+        x_again = quantise(dequantise(codes, scales, 1).t(), 1)  # (K, M): its tiles run along the tokens now
+        dw = fp8_product(quantise(dy.t(), 1), x_again, 1, ctx.dtypes[1], ctx.units)  # (N, K)
+        return dx.view(*grad.shape[:-1], dx.shape[-1]), dw, None
+
+
+def linear_reference(x, weight, bias=None):
+    """`y = x W^T + b`. x (..., K); weight (N, K); bias (N,)."""
+    return F.linear(x, weight, bias)
+
+
+def linear_fp8(x, weight, bias=None, units=False):
+    """The same with all three products of training in FP8, as V3 was trained (section 3.3)."""
+    y = _FP8Linear.apply(x, weight, units)
+    return y if bias is None else y + bias
+
+
+def expert_ffn_fp8(u, gate_up, down, topk_idx, gates, units=False):
+    """The experts with their products in FP8."""
+    return expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=partial(linear_fp8, units=units))
+
+
 # ---------------------------------------------------------------------------------------- cross-entropy
 
 
@@ -436,18 +540,21 @@ def linear_cross_entropy_fused(h, weight, targets):
 
 @dataclass(frozen=True)
 class Op:
-    """The two twins of one operation."""
+    """The twins of one operation. `grouped` is fused for a GPU, `fp8` has other numbers on purpose."""
 
     reference: Callable
     fused: Callable
+    grouped: Callable | None = None
+    fp8: Callable | None = None
 
 
 OPS = {
+    "linear": Op(linear_reference, linear_reference, fp8=linear_fp8),
     "rms_norm": Op(rms_norm_reference, rms_norm_fused),
     "apply_rope": Op(apply_rope_reference, apply_rope_fused),
     "causal_attention": Op(causal_attention_reference, causal_attention_fused),
     "latent_attention": Op(latent_attention_reference, latent_attention_fused),
-    "expert_ffn": Op(expert_ffn_reference, expert_ffn_fused),
+    "expert_ffn": Op(expert_ffn_reference, expert_ffn_fused, expert_ffn_grouped, expert_ffn_fp8),
     "linear_cross_entropy": Op(linear_cross_entropy_reference, linear_cross_entropy_fused),
 }
 
@@ -455,6 +562,7 @@ OPS = {
 class Kernels(NamedTuple):
     """One chosen twin per operation, and the reasons for choices that the machine forced."""
 
+    linear: Callable
     rms_norm: Callable
     apply_rope: Callable
     causal_attention: Callable
@@ -463,6 +571,7 @@ class Kernels(NamedTuple):
     linear_cross_entropy: Callable
     reasons: tuple[str, ...] = ()
     has_onednn: bool = False
+    is_fp8: bool = False
 
     def begin(self, rows: int) -> None:
         """Before a forward pass over `rows` tokens: who multiplies float32 matrices, in the whole process."""
@@ -470,15 +579,32 @@ class Kernels(NamedTuple):
             torch.set_float32_matmul_precision("medium" if rows >= MANY_ROWS else "highest")
 
 
-def select(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Kernels:
-    """The twins for `impl` ("reference" or "fused") on a device and dtype.
+def select(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, fp8: bool = False,
+           widths: tuple[int, ...] = ()) -> Kernels:
+    """The twins for `impl` ("reference" or "fused") on a device and dtype; `widths` are C and F of the experts.
 
+    Where the machine cannot run a fused twin the next one is taken and named in `reasons`.
     Raises ValueError for any other `impl`.
     """
     if impl not in ("reference", "fused"):
         raise ValueError(f"impl: got {impl!r}, wanted 'reference' or 'fused'")
-    reasons, has_onednn = [], impl == "fused" and torch.device(device).type == "cpu" and onednn_is_exact()
+    device, reasons = torch.device(device), []
+    is_known = dtype in (torch.float64, torch.float32, torch.bfloat16)
+    if impl == "fused" and not is_known:
+        reasons.append(f"reference twins, since the fused ones are not tested in {dtype}")
+    chosen = {name: op.fused if impl == "fused" and is_known else op.reference for name, op in OPS.items()}
+    if chosen["expert_ffn"] is expert_ffn_fused and device.type != "cpu":
+        is_able = device.type == "cuda" and dtype == torch.bfloat16 and hasattr(F, "grouped_mm")
+        is_able = is_able and torch.cuda.get_device_capability(device) >= (8, 0) and not any(w % 8 for w in widths)
+        chosen["expert_ffn"] = expert_ffn_grouped if is_able else expert_ffn_reference
+        if not is_able:
+            reasons.append("experts by the reference twin: torch's grouped product wants CUDA 8.0, bfloat16, "
+                           f"widths in multiples of 8 and torch 2.10; got {device.type}, {dtype}, {widths}")
+    if fp8:
+        units, reason = try_fp8_units(device)
+        chosen |= {name: partial(op.fp8, units=units) for name, op in OPS.items() if op.fp8}
+        reasons.append(reason)
+    has_onednn = impl == "fused" and device.type == "cpu" and onednn_is_exact()
     if has_onednn:
         reasons.append("float32 products by oneDNN, as exact as MKL's")
-    return Kernels(**{name: getattr(op, impl) for name, op in OPS.items()}, reasons=tuple(reasons),
-                   has_onednn=has_onednn)
+    return Kernels(**chosen, reasons=tuple(reasons), has_onednn=has_onednn, is_fp8=fp8)

@@ -243,9 +243,11 @@ PRESETS = {
 class Linear(nn.Linear):
     """A product whose weight follows the dtype of its input: masters stay float32, activations may be bf16."""
 
+    product = staticmethod(F.linear)  # or the FP8 twin of kernels.py
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return self.product(x, self.weight.to(x.dtype), bias)
 
     def reset_parameters(self):
         """Nothing: `Transformer.init_weights` fills every weight."""
@@ -664,9 +666,17 @@ class Transformer(nn.Module):
             if isinstance(module, Linear) and module.bias is not None:
                 module.bias.zero_()
 
-    def use_kernels(self, impl: str) -> tuple[str, ...]:
-        """Choose the twins of kernels.py for the present device and compute dtype; returns the reasons."""
-        self.ops = select(impl, self.lm_head.weight.device, self.compute_dtype)
+    def use_kernels(self, impl: str, fp8: bool = False) -> tuple[str, ...]:
+        """Choose the twins of kernels.py for the present device and compute dtype; returns the reasons.
+
+        With `fp8` the products of attention and FFNs are quantised; the head, `eh_proj`, the router, norms and
+        attention itself keep the compute dtype (V3 section 3.3), and so does decoding's absorbed `kv_b_proj`.
+        """
+        widths = (self.config.hidden_size, self.config.moe_intermediate_size)
+        self.ops = select(impl, self.lm_head.weight.device, self.compute_dtype, fp8=fp8, widths=widths)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear) and not name.endswith(("lm_head", "eh_proj")):
+                module.product = self.ops.linear
         return self.ops.reasons
 
     def moe_layers(self) -> list[tuple[str, MoE]]:

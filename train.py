@@ -87,7 +87,7 @@ class TrainConfig:
     eval_tokens: int = knob(8192, "tokens per evaluation and domain, of validation and of training text each")
     seed: int = knob(0, "seed of weights and data order")
     device: str = knob("auto", "auto, cpu, cuda or mps")
-    precision: str = knob("auto", "of activations; auto: the faster", choices=("auto", "fp32", "bf16"))
+    precision: str = knob("auto", "of activations; auto: the faster of fp32, bf16", choices=("auto", "fp32", "bf16", "fp8"))
     impl: str = knob("fused", "twins of kernels.py", choices=("fused", "reference"))
     recompute: bool = knob(False, "keep block inputs only, compute activations again in the backward pass")
 
@@ -600,7 +600,7 @@ class Trainer:
         self.folder.save(tensors, {
             "step": self.step, "seconds": self.seconds, "latest": self.latest, "load_steps": self.load_steps,
             "loader": self.loader.state_dict(),
-            "precision": "bf16" if self.model.compute_dtype == torch.bfloat16 else "fp32"})
+            "precision": precision_of(self.model)})
         self.world.barrier()
 
     def restore(self, tensors: dict[str, Tensor], notes: dict) -> None:
@@ -636,10 +636,23 @@ def layer_names(model: Transformer) -> list[str]:
 # -------------------------------------------------------------------------------------------- the program
 
 
-def time_micro_step(model: Transformer, tokens: Tensor, dtype: torch.dtype, impl: str) -> float:
-    """Seconds of one forward and backward pass on tokens (n, T) with activations of this dtype."""
-    model.compute_dtype = dtype
-    model.use_kernels(impl)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of activations
+
+
+def use_precision(model: Transformer, precision: str, impl: str) -> None:
+    """Compute in fp32, bf16, or bf16 with FP8 products, from now on."""
+    model.compute_dtype = DTYPES[precision]
+    model.use_kernels(impl, fp8=precision == "fp8")
+
+
+def precision_of(model: Transformer) -> str:
+    """What `use_precision` was last told."""
+    return "fp8" if model.ops.is_fp8 else "bf16" if model.compute_dtype == torch.bfloat16 else "fp32"
+
+
+def time_micro_step(model: Transformer, tokens: Tensor, precision: str, impl: str) -> float:
+    """Seconds of one forward and backward pass on tokens (n, T) at this precision."""
+    use_precision(model, precision, impl)
     for _ in range(2):  # the first one warms up
         start = time.monotonic()
         sum(model(tokens, tokens).values()).backward()
@@ -653,24 +666,23 @@ def time_micro_step(model: Transformer, tokens: Tensor, dtype: torch.dtype, impl
 
 
 def choose_precision(wanted: str, model: Transformer, tokens: Tensor, impl: str, world: Dist):
-    """Set the dtype of the model's activations; returns seconds per micro-batch (n, T) and the reason.
+    """Set the precision of the model's products; returns seconds per micro-batch (n, T) and the reason.
 
     What is not known is measured on the model itself: on small shapes the products alone are faster in
     bf16 and the step as a whole is slower.
     """
-    dtypes, reason = {"fp32": torch.float32, "bf16": torch.bfloat16}, "asked for"
+    reason = "asked for"
     if wanted == "auto" and world.device.type != "cpu":
         has_units = world.device.type == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
         wanted, reason = ("bf16", "this GPU has units for it") if has_units else ("fp32", "no fast bf16 here")
-    tried = [name for name in dtypes if wanted in (name, "auto")]
-    times = [time_micro_step(model, tokens, dtypes[name], impl) for name in tried]
+    tried = ("fp32", "bf16") if wanted == "auto" else (wanted,)
+    times = [time_micro_step(model, tokens, name, impl) for name in tried]
     times = world.all_reduce_mean(torch.tensor(times, device=world.device))  # all ranks must choose alike
     took = dict(zip(tried, times.tolist()))
     if wanted == "auto":
         wanted = "bf16" if took["bf16"] < 0.85 * took["fp32"] else "fp32"
         reason = " against ".join(f"{1e3 * seconds:.0f} ms in {name}" for name, seconds in took.items())
-    model.compute_dtype = dtypes[wanted]
-    model.use_kernels(impl)
+    use_precision(model, wanted, impl)
     return took[wanted], f"{wanted} ({reason})"
 
 

@@ -37,6 +37,10 @@ def attention_inputs(B=2, T=150, H=3, D=6, P=4, Dv=5):
     return (*(torch.randn(shape) for shape in widths), 0.3)
 
 
+def linear_inputs(n=7, K=24, N=10):
+    return (torch.randn(3, n, K), torch.randn(N, K), torch.randn(N))
+
+
 def latent_inputs(B=2, T=3, S=9, H=3, R=10, P=4):
     positions = torch.arange(S - T, S).repeat(B, 1)  # (B, T)
     positions[:1] -= min(1, S - T)  # rows of different length
@@ -55,6 +59,7 @@ def loss_inputs(N=300, C=12, V=50, ignored=0.3):
 
 
 CASES = {
+    "linear": [linear_inputs(), linear_inputs(0), linear_inputs(1, 1, 1)],
     "rms_norm": [rms_norm_inputs(), rms_norm_inputs(1, 1), rms_norm_inputs(0, 4), rms_norm_inputs(2, 33)],
     "apply_rope": [rope_inputs(), rope_inputs(1, 1, 1, 2), rope_inputs(B=0), rope_inputs(rows=2)],
     "causal_attention": [attention_inputs(), attention_inputs(T=1), attention_inputs(B=0, T=3), attention_inputs(H=1),
@@ -107,7 +112,7 @@ def assert_close(got, exact, tolerance, what):
 
 
 def test_registry_is_complete():
-    assert set(OPS) == set(CASES) == set(kernels.Kernels._fields) - {"reasons", "has_onednn"}
+    assert set(OPS) == set(CASES) == set(kernels.Kernels._fields) - {"reasons", "has_onednn", "is_fp8"}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -139,7 +144,7 @@ def test_inputs_need_not_be_contiguous(name):
 
 @pytest.mark.parametrize("name", OPS)
 def test_fused_gradients_agree_with_finite_differences(name):
-    inputs = {"rms_norm": rms_norm_inputs(2, 3), "apply_rope": rope_inputs(1, 2, 1, 4),
+    inputs = {"linear": linear_inputs(2, 3, 4), "rms_norm": rms_norm_inputs(2, 3), "apply_rope": rope_inputs(1, 2, 1, 4),
               "causal_attention": attention_inputs(1, 4, 2, 2, 2, 3), "latent_attention": latent_inputs(1, 2, 4, 2, 3, 2),
               "expert_ffn": expert_inputs(5, 3, 2, 3, 2), "linear_cross_entropy": loss_inputs(5, 3, 4)}[name]
     inputs = cast(inputs, torch.float64)
@@ -167,6 +172,129 @@ def test_no_gradient_no_graph_same_values(name):
     with torch.inference_mode():
         out = OPS[name].fused(*inputs)
     assert_close(out, OPS[name].fused(*inputs), 1e-6, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", range(len(CASES["expert_ffn"])))
+def test_other_ways_through_the_experts_are_the_reference(case, dtype):
+    """The grouped product of a GPU, which runs on a CPU too, and decoding's loop over the chosen experts."""
+    u, gate_up, down, topk_idx, gates = CASES["expert_ffn"][case]
+    pad = lambda x, *sizes: torch.nn.functional.pad(x, sizes)
+    F_ = down.shape[2]  # torch wants rows of 16 bytes: widths are padded with zeros
+    gate_up = torch.cat([pad(half, 0, -u.shape[1] % 8, 0, -F_ % 8) for half in gate_up.chunk(2, 1)], 1)
+    inputs = cast((pad(u, 0, -u.shape[1] % 8), gate_up, pad(down, 0, -F_ % 8, 0, -u.shape[1] % 8), topk_idx, gates), dtype)
+    exact = run(OPS["expert_ffn"].reference, cast(inputs, torch.float64), "expert_ffn")
+    for g, e in zip(run(OPS["expert_ffn"].grouped, cast(inputs, dtype), "expert_ffn"), exact, strict=True):
+        assert_close(g, e, TOLERANCE[dtype], f"grouped, case {case}")
+    with torch.no_grad():
+        assert_close(kernels._expert_ffn_forward(*inputs), exact[0], TOLERANCE[dtype], f"decoding, case {case}")
+        assert_close(OPS["expert_ffn"].fused(*inputs), exact[0], TOLERANCE[dtype], f"no gradient, case {case}")
+
+
+# ------------------------------------------------------------------------------------------------- FP8
+
+
+def quantise_by_hand(x, rows):
+    """DeepSeek's rule, one block after the other."""
+    codes, scales = torch.empty(x.shape, dtype=torch.float8_e4m3fn), []
+    for i in range(0, x.shape[0], rows):
+        scales.append([])
+        for k in range(0, x.shape[1], 128):
+            block = x[i : i + rows, k : k + 128].float()
+            s = torch.tensor(max(block.abs().max().item(), 1e-4)) / 448.0
+            codes[i : i + rows, k : k + 128] = (block / s).to(torch.float8_e4m3fn)
+            scales[-1].append(s)
+    return codes, torch.tensor(scales)
+
+
+@pytest.mark.parametrize("rows", [1, 128])
+@pytest.mark.parametrize("shape", [(3, 128), (1, 1), (5, 130), (128, 256), (129, 127), (300, 200)], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4])
+def test_codes_and_scales_are_deepseeks(rows, shape, size):
+    x = torch.randn(shape) * size * torch.rand(shape[0], 1)
+    x[:1] = 0
+    codes, scales = kernels.quantise(x, rows, least=1e-4)
+    wanted = quantise_by_hand(x, rows)
+    assert torch.equal(codes.view(torch.uint8), wanted[0].view(torch.uint8)) and torch.equal(scales, wanted[1])
+
+
+def test_codes_come_back_within_their_three_bits():
+    x = torch.randn(200, 300)
+    for rows in (1, 128):
+        back = kernels.dequantise(*kernels.quantise(x, rows), rows)
+        assert 0.02 < (back - x).norm() / x.norm() < 0.03  # 2.6 % for a Gaussian tensor
+        assert ((back - x).abs() <= x.abs() / 16 + x.abs().amax() / 448 * 2**-10 * 1.01).all()
+    zeros = kernels.quantise(torch.zeros(2, 3), 1)
+    assert torch.equal(kernels.dequantise(*zeros, 1), torch.zeros(2, 3))
+    tiny = torch.randn(4, 128) * 1e-9  # gradients are that small
+    assert (kernels.dequantise(*kernels.quantise(tiny, 1), 1) - tiny).norm() < 0.03 * tiny.norm()
+
+
+@pytest.mark.parametrize("M,K,N", [(5, 7, 3), (130, 200, 140), (1, 128, 128), (0, 5, 4)])
+def test_fp8_products_are_those_of_the_codes(M, K, N):
+    """Forward, input gradient and weight gradient against a sum over blocks in float64."""
+    def blocks(a, b, a_rows, b_rows):
+        a, b = (quantise_by_hand(x, rows) for x, rows in ((a, a_rows), (b, b_rows)))
+        out = torch.zeros(len(a[0]), len(b[0]), dtype=torch.float64)
+        for k in range(a[1].shape[1]):
+            part = slice(128 * k, 128 * k + 128)
+            sizes = [q[1].double()[:, k].repeat_interleave(r)[: len(q[0])] for q, r in ((a, a_rows), (b, b_rows))]
+            out += a[0][:, part].double() @ b[0][:, part].double().t() * sizes[0][:, None] * sizes[1]
+        return out
+
+    x, weight, dy = torch.randn(M, K), torch.randn(N, K), torch.randn(M, N)
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    y = kernels.linear_fp8(*leaves)
+    dx, dw = torch.autograd.grad(y, leaves, dy)
+    if M == 0:
+        return
+    x_hat = kernels.dequantise(*quantise_by_hand(x, 1), 1)
+    w_hat = kernels.dequantise(*quantise_by_hand(weight, 128), 128)
+    dy_hat = kernels.dequantise(*quantise_by_hand(dy, 1), 1)
+    assert_close(y.detach(), blocks(x, weight, 1, 128), 1e-6, "forward")
+    assert_close(dx, dy_hat.double() @ w_hat.double(), 1e-6, "input gradient")
+    assert_close(dw, blocks(dy.t(), x_hat.t(), 1, 1), 1e-6, "weight gradient")
+    assert 0.01 < (y - x @ weight.t()).norm() / (x @ weight.t()).norm() < 0.08 or M * K < 100
+
+
+def test_fp8_covers_what_v3_covered():
+    """All products of attention and FFNs; not the head, eh_proj, the router, norms, embedding."""
+    from model import Config, Linear, Transformer
+
+    model = Transformer(Config.preset("tiny"))
+    assert not model.ops.is_fp8
+    reasons = model.use_kernels("fused", fp8=True)
+    high = {name for name, module in model.named_modules()
+            if isinstance(module, Linear) and module.product is not model.ops.linear}
+    assert high == {"lm_head", "model.layers.4.eh_proj"} and any("fp8 emulated" in reason for reason in reasons)
+    tokens = torch.randint(0, 1024, (2, 64))
+    ce = {}
+    for fp8 in (False, True):
+        model.use_kernels("fused", fp8=fp8)
+        model.zero_grad()
+        losses = model(tokens, tokens)
+        sum(losses.values()).backward()
+        ce[fp8] = losses["ce"].item()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert ce[True] != ce[False] and abs(ce[True] / ce[False] - 1) < 0.0025
+
+
+@pytest.mark.parametrize("dtype,device,words", [(torch.float16, "cpu", "reference twins"), (torch.float32, "meta", "experts by"),
+                                                (torch.bfloat16, "meta", "experts by")])
+def test_a_forced_choice_is_named(dtype, device, words):
+    chosen = select("fused", device, dtype, widths=(96, 7))
+    assert chosen.expert_ffn is OPS["expert_ffn"].reference
+    assert any(words in reason for reason in chosen.reasons)
+    assert select("reference", device, dtype).reasons == ()
+
+
+def test_onednn_products_are_exact_or_not_used():
+    ops = select("fused")
+    x, w = torch.randn(512, 256), torch.randn(128, 256)
+    for rows in (1, 512):
+        ops.begin(rows)
+        assert_close(x[:rows] @ w.t(), x[:rows].double() @ w.double().t(), 2e-6, f"{rows} rows")
+    torch.set_float32_matmul_precision("highest")
 
 
 def test_a_broken_twin_is_found():
