@@ -297,7 +297,7 @@ def test_evaluation_disturbs_neither_bias_nor_counts(tmp_path):
 
 def command(*flags, cwd, **options):
     return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=cwd, text=True, **options,
-                            env=os.environ | {"OMP_NUM_THREADS": "2"}, stdout=subprocess.PIPE,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
 
@@ -314,7 +314,7 @@ def workplace(tmp_path_factory):
     return path
 
 
-def wait_for(path: Path, what, seconds=30):
+def wait_for(path: Path, what, seconds=90):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if path.exists() and what(path):
