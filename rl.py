@@ -16,13 +16,15 @@ import copy
 import json
 import math
 import random
+import re
 import shlex
 import sys
 import textwrap
 import time
 from collections import Counter
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,16 +32,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data import UserError, plot
-from data.tasks import Problem, Task, load_task, prompt_text, reward_total, split_completion
+from data.corpus import prepare
+from data.loader import Loader
+from data.tasks import EOS, Problem, Task, load_task, prompt_text, reward_total, split_completion
 from data.tokenizer import load_tokenizer
 from kernels import IGNORE
 from model import Transformer, load_pretrained, save_pretrained, write_json, written_aside
 from sample import Generation, generate, knob, parse_flags, run_main
-from train import (Dist, Progress, RunFolder, StopSignal, layer_names, load_optimizer, make_optimizer,
+from train import build_trainer as pretraining
+from train import (Dist, Progress, RunFolder, StopSignal, TrainConfig, Trainer, layer_names, load_optimizer, make_optimizer,
                    max_violation, minutes, optimizer_tensors, setup_distributed, update_routing)
 
 RATIO_TOLERANCE = 1e-4  # sampler and trainer must agree on log-probs to this, in nats (float32)
 FREE_ON_RESUME = {"resume", "overwrite", "out", "device", "impl", "micro_batch"}
+RECIPES = {  # the program of each, and knobs that fit it; a flag on the command line still wins
+    "": "",
+    "r1": "--name r1 --task chain,countdown,compare --steps 60 --eval_samples 8",
+    "distill": "--name distill --steps 60 --eval_samples 8",
+    "quality": "--name quality --steps 60 --eval_every 60 --eval_samples 8",
+}
+SFT_LENGTH = 128  # tokens of a sequence of supervised fine-tuning
 HARDER = {"chain": ("terms", (4, 6, 8, 10, 12)), "countdown": ("count", (2, 3, 4)), "findtwo": ("count", (4, 6, 8)),
           "compare": ("digits", (3, 4)), "multiply": ("digits", (2, 3)), "sort": ("count", (6, 8))}
 PATIENCE = 20  # steps without a single right answer or difference in reward before the run gives up
@@ -63,6 +75,7 @@ class RLConfig:
     base: str = knob("out/base", "checkpoint directory to start from")
     task: str = knob("chain", "task, several with commas between, or module:Class for your own")
     variant: str = knob("grpo", "objective; sets the knobs that its paper changes", choices=tuple(VARIANTS))
+    recipe: str = knob("", "several stages, each on top of the last", choices=tuple(RECIPES))
     steps: int = knob(150, "rollouts, each followed by its updates")
     questions: int = knob(16, "questions of one step, over all ranks (R1: 32)")
     group_size: int = knob(16, "answers sampled per question (R1: 16)")
@@ -90,6 +103,8 @@ class RLConfig:
     clip: float = knob(1.0, "largest norm of the gradient")
     train_router: bool = knob(False, "let the gradient move the routers' weights")
     bias_update_speed: float = knob(0.0, "step of the routing bias after every update; 0 leaves it as it is")
+    sft_steps: int = knob(60, "recipes: steps of supervised fine-tuning")
+    sft_lr: float = knob(1e-3, "recipes: its learning rate")
     micro_batch: int = knob(64, "answers of one forward pass on one rank; the rest is accumulated")
     eval_every: int = knob(25, "steps between evaluations; each one saves and redraws the pictures")
     eval_questions: int = knob(64, "held-out questions of an evaluation")
@@ -395,16 +410,23 @@ def evaluate(model: Transformer, tokenizer, tasks: list[Task], config: RLConfig,
     """
     questions = draw_questions(tasks, "test", "held out", range(config.eval_questions))
     knobs = {"max_new_tokens": config.max_new_tokens}
-    right, form, texts, lengths = [], [], [], []
+    right, form, texts, lengths, asked = [], [], [], [], []
     for start in range(0, len(questions), 16):
         answers = ask(model, tokenizer, questions[start : start + 16], samples, folder, **knobs)
+        asked += [question.task for question in answers.questions for _ in range(samples)]
         right.append(answers.part("accuracy") > 0)
         form.append(answers.part("format"))
         texts += answers.texts
         lengths.append(answers.lengths.double())
     right = torch.cat(right)  # (Q, n)
+    readable = [is_readable(task, text) for task, text in zip(asked, texts)]
     out = {"accuracy": mean_error(right.double().mean(1)), "format": float(torch.cat(form).mean()),
-           "length": float(torch.cat(lengths).mean())}
+           "readable": sum(readable) / len(texts), "length": float(torch.cat(lengths).mean()),
+           "tries": sum(text.count("?") for text in texts) / len(texts), "styles": {}}
+    habits = [task.style_of(text) for task, text in zip(asked, texts)]
+    for habit in sorted(set(habits)):  # [share, accuracy] of each
+        hits = [is_right for one, is_right in zip(habits, right.flatten().tolist()) if one == habit]
+        out["styles"][habit] = [len(hits) / len(texts), sum(hits) / len(hits)]
     if is_full:
         greedy = ask(model, tokenizer, questions, 1, folder, temperature=0.0, **knobs)
         votes = [parts and parts[1] for parts in map(split_completion, texts)]
@@ -423,6 +445,30 @@ def evaluate(model: Transformer, tokenizer, tasks: list[Task], config: RLConfig,
                 answers = ask(model, tokenizer, questions, 4, folder, **knobs)
                 out["harder"][f"{task.name}, {value} {key}"] = mean_error(answers.part("accuracy").mean(1))
     return json.loads(json.dumps(out))  # as it will be after a resume
+
+
+@cache
+def clean_shapes(task: Task) -> set[str]:
+    """The steps of clean work, every number written as 0: what 200 of the task's own clean traces hold."""
+    rng = random.Random(0)
+    texts = [task.trace(task.problem(rng), rng, style=clean_style(task), tagged=True) for _ in range(200)]
+    return {shape for text in texts for shape in shapes(split_completion(text)[0])}
+
+
+def shapes(thinking: str) -> set[str]:
+    """The forms of the steps of a thought: `12-4=8;8+3=1` has two, `0-0=0` and `0+0=0`."""
+    return {re.sub("[0-9]+", "0", step) for step in thinking.split(";")}
+
+
+def clean_style(task: Task) -> str:
+    """The style of full work, in one language where a task has several."""
+    return next((style for style in ("english", "search", "full") if style in task.styles))
+
+
+def is_readable(task: Task, text: str) -> bool:
+    """Well-formed, and every step of the thought is written as in clean work: no stray text, no skipping."""
+    parts = split_completion(text)
+    return parts is not None and shapes(parts[0]) <= clean_shapes(task)
 
 
 def think_within(model, tokenizer, questions: list[Question], budget: int, folder: Path, config: RLConfig,
@@ -820,15 +866,265 @@ def thinking_figure(path: Path, found: dict[str, dict]) -> None:
             axis.grid(axis="y")
 
 
+# --------------------------------------------------------------------------------------- the whole recipe
+
+
+class Stopped(Exception):
+    """A signal ended a stage early; all is saved."""
+
+
+class Examples:
+    """Questions and answers for train.py's loop: the question carries no loss, the stop token does.
+
+    texts: (question, answer) pairs. Every `plain_every`-th sequence is plain text of another loader, whole.
+    The order is a matter of seed and position alone.
+    """
+
+    def __init__(self, texts: list[tuple[str, str]], tokenizer, seq_len: int, world: Dist, seed: int,
+                 plain=None, plain_every: int = 4):
+        self.rows = [(tokenizer.encode_trusted(prompt_text(question)), tokenizer.encode_trusted(answer + EOS))
+                     for question, answer in texts]
+        self.rows = [(prompt, answer) for prompt, answer in self.rows if len(prompt) + len(answer) <= seq_len + 1]
+        if not self.rows:
+            raise UserError(f"no example fits into {seq_len} tokens")
+        self.seq_len, self.world, self.seed, self.position = seq_len, world, seed, 0
+        self.plain, self.plain_every = plain, plain_every
+
+    def next_batch(self, sequences: int) -> tuple[Tensor, Tensor]:
+        """This rank's tokens and targets, (n, T) each; targets are IGNORE on prompt and padding."""
+        count = sequences // self.plain_every if self.plain else 0
+        mine = range(self.position + self.world.rank, self.position + sequences - count, self.world.world_size)
+        self.position += sequences - count
+        pairs = [self.row(random.Random(f"{self.seed} {place}").choice(self.rows)) for place in mine]
+        tokens, targets = (torch.stack(side) for side in zip(*pairs))
+        if count:
+            tokens, targets = (torch.cat(both) for both in zip((tokens, targets), self.plain.next_batch(count)))
+        return tokens, targets
+
+    def row(self, example: tuple[list[int], list[int]]) -> tuple[Tensor, Tensor]:
+        """One example as tokens and targets, (T,) each."""
+        prompt, answer = example
+        blank = [answer[-1]] * (self.seq_len + 1 - len(prompt) - len(answer))
+        targets = [IGNORE] * (len(prompt) - 1) + answer + [IGNORE] * len(blank)
+        return torch.tensor((prompt + answer + blank)[:-1]), torch.tensor(targets)
+
+    def state_dict(self) -> dict:
+        return {"position": self.position, "plain": self.plain and self.plain.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position = state["position"]
+        if self.plain:
+            self.plain.load_state_dict(state["plain"])
+
+
+class Recipe:
+    """Stages in out/<name>-<label>/, each a checkpoint directory with its examination in exam.json.
+
+    A finished stage is passed over when the recipe is resumed, one that was cut off continues.
+    """
+
+    def __init__(self, config: RLConfig, world: Dist):
+        self.config, self.world, self.table = config, world, {}
+        self.tasks = [load_task(name) for name in config.task.split(",")]
+        self.tokenizer = load_tokenizer(open_base(config.base))
+
+    def rl(self, label: str, base: Path, task: str, **changes) -> Path:
+        """A stage of reinforcement learning from the checkpoint `base`."""
+        def run(path: Path, is_begun: bool) -> bool:
+            config = replace(self.config, base=str(base), task=task, name=path.name, resume=is_begun, **changes)
+            return build_trainer(config, self.world).run()
+
+        return self.stage(label, run)
+
+    def sft(self, label: str, base: Path, make_texts, plain=None) -> Path:
+        """A stage of supervised fine-tuning: `make_texts()` gives (question, answer) pairs."""
+        def run(path: Path, is_begun: bool) -> bool:
+            texts = make_texts()
+            config = TrainConfig(init_from=str(base), name=path.name, out=self.config.out, steps=self.config.sft_steps,
+                                 tokens_per_step=64 * SFT_LENGTH, seq_len=SFT_LENGTH, lr=self.config.sft_lr,
+                                 eval_every=self.config.sft_steps, seed=self.config.seed, device=self.config.device,
+                                 bias_update_speed=0.0, mtp_loss_weight=0.1, ramp_from=1.0)
+            folder = RunFolder(path, self.world)
+            tensors, notes = folder.resume(asdict(config)) if is_begun else ({}, {})
+            if not is_begun:
+                folder.start(asdict(config), self.config.overwrite)
+            if self.world.is_main:
+                write_json(path / "texts.json", texts)
+            model = load_pretrained(base, self.config.impl, self.world.device)
+            loader = Examples(texts, self.tokenizer, SFT_LENGTH, self.world, self.config.seed, plain)
+            trainer = Trainer(config, model, self.tokenizer, loader, folder, self.world)
+            if notes:
+                trainer.restore(tensors, notes)
+            return trainer.run()
+
+        return self.stage(label, run)
+
+    def stage(self, label: str, run) -> Path:
+        """Run a stage, unless it is finished, and examine what it made."""
+        path = Path(self.config.out) / f"{self.config.name}-{label}"
+        is_done = self.config.resume and (path / "exam.json").exists()
+        if self.world.is_main and not is_done:
+            print(f"\n=== {label}: {path}", flush=True)
+        if not is_done and not run(path, self.config.resume and (path / "state.safetensors").exists()):
+            raise Stopped
+        self.exam(label, path)
+        return path
+
+    def exam(self, label: str, path: Path) -> None:
+        """Held-out questions of the first task, and of all of them: a row of the table."""
+        file = path / "exam.json"
+        if not file.exists() and self.world.is_main:
+            model = load_pretrained(path, self.config.impl, self.world.device)
+            found = [evaluate(model, self.tokenizer, tasks, self.config, path, 8, is_full=False)
+                     for tasks in (self.tasks[:1], self.tasks[1:]) if tasks]
+            write_json(file, found)
+        self.world.barrier()
+        self.table[label] = json.loads(file.read_text())
+
+    def report(self, title: str) -> None:
+        """The table of all stages, printed and kept in out/<name>.txt."""
+        others = ", ".join(task.name for task in self.tasks[1:])
+        head = [f"pass@1 {self.tasks[0].name}", *([f"pass@1 {others}"] if others else []), "format", "readable", "length"]
+        lines = [title, f"{'':20}" + "".join(f"{name:>{len(name) + 3}}" for name in head)]
+        for label, found in self.table.items():
+            cells = [f"{100 * each['accuracy'][0]:.1f} %" for each in found]
+            cells += [f"{100 * found[0]['format']:.1f} %", f"{100 * found[0]['readable']:.1f} %", f"{found[0]['length']:.1f}"]
+            lines.append(f"{label:20}" + "".join(f"{cell:>{len(name) + 3}}" for cell, name in zip(cells, head)))
+        if self.world.is_main:
+            print("\n" + "\n".join(lines))
+            with written_aside(Path(self.config.out) / f"{self.config.name}.txt") as aside:
+                aside.write_text("\n".join(lines) + "\n")
+
+    def clean_traces(self, tasks: list[Task], count: int) -> list[tuple[str, str]]:
+        """Long, clean answers in tags, written by the tasks themselves: the longer half of twice as many."""
+        rng = random.Random(f"traces {self.config.seed}")
+        pairs = []
+        for _ in range(2 * count):
+            task = rng.choice(tasks)
+            problem = task.problem(rng)
+            pairs.append((problem.question, task.trace(problem, rng, style=clean_style(task), tagged=True)))
+        return sorted(pairs, key=lambda pair: len(pair[1]))[count:]
+
+    def good_samples(self, path: Path, tasks: list[Task], count: int) -> list[tuple[str, str]]:
+        """Rejection sampling: what this checkpoint answers correctly and readably, at most one per question and
+        `count` in all. Raises UserError when hardly anything is."""
+        model, kept = load_pretrained(path, self.config.impl, self.world.device), []
+        for start in range(0, 8 * count, 64):
+            questions = draw_questions(tasks, "train", f"rejection {self.config.seed}", range(start, start + 64))
+            answers = ask(model, self.tokenizer, questions, 4, path, max_new_tokens=self.config.max_new_tokens)
+            for i, question in enumerate(questions):
+                good = [text for text, parts in zip(answers.texts[4 * i : 4 * i + 4], answers.parts[4 * i : 4 * i + 4])
+                        if parts["accuracy"] == 1 and is_readable(question.task, text)]
+                kept += [(question.problem.question, text) for text in good[:1]]
+            if len(kept) >= count:
+                return kept[:count]
+        if len(kept) < count // 8:
+            raise UserError(f"{path}: {len(kept)} of {8 * count} questions had a correct and readable answer, wanted "
+                            f"{count // 8} or more: a better base, or more --steps")
+        return kept
+
+    def plain_text(self):
+        """A loader of the pretraining corpus without its reasoning; None when the base does not name its corpus."""
+        try:
+            knobs = json.loads((Path(self.config.base) / "train.json").read_text())
+            corpus = prepare(knobs["data"], self.tokenizer, Path(self.config.out) / "cache", seed=knobs["seed"])
+        except (OSError, KeyError):
+            return None
+        files = {domain: file for domain, file in corpus.train.items() if domain != "reasoning"}
+        return Loader(files, SFT_LENGTH, rank=self.world.rank, world_size=self.world.world_size) if files else None
+
+
+def recipe_r1(recipe: Recipe) -> None:
+    """DeepSeek-R1 in four stages (R1 sections 2.3.1 to 2.3.4), beside R1-Zero (2.2)."""
+    base, tasks = Path(recipe.config.base), recipe.tasks
+    reasoning, everything = recipe.config.task.split(",")[0], recipe.config.task
+    recipe.exam("base", base)
+    recipe.rl("0-zero", base, reasoning)  # R1-Zero: reinforcement learning on the base itself
+    # 2.3.1 a few hundred long, clean traces, so that RL starts from readable thoughts
+    started = recipe.sft("1-cold-start", base, lambda: recipe.clean_traces(tasks[:1], 300))
+    # 2.3.2 reinforcement learning on reasoning; a task with languages rewards their consistency
+    reasoner = recipe.rl("2-reasoning", started, reasoning)
+    # 2.3.3 its correct and readable answers, other tasks' data and plain text teach the base anew
+    taught = recipe.sft("3-rejection", base, lambda: recipe.good_samples(reasoner, tasks[:1], 600)
+                        + recipe.clean_traces(tasks[1:] or tasks, 200), recipe.plain_text())
+    # 2.3.4 reinforcement learning over all tasks
+    recipe.rl("4-all", taught, everything)
+    recipe.report("R1, stage by stage (0-zero is R1-Zero: no cold start)")
+
+
+def recipe_distill(recipe: Recipe) -> None:
+    """A smaller model taught by R1's correct samples, beside RL on the small one itself (R1 section 4.1)."""
+    config = recipe.config
+    teacher = next((path for name in ("r1-4-all", "rl") if (path := Path(config.out) / name / "config.json").exists()), None)
+    if teacher is None:
+        raise UserError(f"distill: no teacher in {config.out}: python rl.py --recipe r1, or python rl.py, makes one")
+    teacher = teacher.parent
+    small = recipe.stage("0-small", lambda path, is_begun: pretrain_small(recipe, path, is_begun))
+    recipe.exam("teacher", teacher)
+    taught = recipe.sft("1-taught", small, lambda: recipe.good_samples(teacher, recipe.tasks[:1], 1500))
+    recipe.rl("2-small-rl", small, recipe.config.task.split(",")[0])
+    recipe.rl("3-taught-rl", taught, recipe.config.task.split(",")[0])
+    recipe.report(f"distillation: the small model is taught by {teacher}")
+
+
+def pretrain_small(recipe: Recipe, path: Path, is_begun: bool) -> bool:
+    """A model of about a third of the base's active parameters, pretrained for as many tokens on the same corpus."""
+    try:
+        knobs = json.loads((Path(recipe.config.base) / "train.json").read_text())
+    except OSError as error:
+        raise UserError(f"distill: {error}: a small model needs to know the corpus of the base") from None
+    changes = {"set": ["hidden_size=64", "num_hidden_layers=3", "intermediate_size=160", "moe_intermediate_size=32"],
+               "name": path.name, "out": recipe.config.out, "device": recipe.config.device, "keep": [],
+               "resume": is_begun, "overwrite": recipe.config.overwrite}
+    return pretraining(TrainConfig(**knobs | changes), recipe.world).run()
+
+
+def recipe_quality(recipe: Recipe) -> None:
+    """The same RL from several checkpoints of one pretraining run: where thinking is found, where it collapses."""
+    base, rows = Path(recipe.config.base), []
+    stages = [*sorted(base.glob("at-*")), base]
+    if len(stages) == 1:
+        raise UserError(f"quality: no at-* in {base}: python train.py --keep 0.1 0.2 0.4 0.7 leaves them there")
+    for path in stages:
+        share = int(path.name[3:]) if path is not base else 100
+        recipe.exam(f"{share} %", path)
+        for seed in range(3):
+            label = f"{share:03}-{seed}"
+            recipe.rl(label, path, recipe.config.task, seed=seed)
+            rows.append((share, recipe.table[f"{share} %"][0], recipe.table[label][0]))
+    recipe.report("RL from checkpoints of one pretraining run, three seeds each")
+    if recipe.world.is_main:
+        quality_figure(Path(recipe.config.out) / f"{recipe.config.name}.png", rows)
+
+
+def quality_figure(path: Path, rows: list[tuple[int, dict, dict]]) -> None:
+    """quality.png: accuracy and length of thought after RL against the share of the pretraining run."""
+    with plot.picture(path, "Reinforcement learning against base quality", (11, 4.6)) as figure:
+        for axis, key, title in zip(figure.subplots(1, 2), ("accuracy", "length"),
+                                    ("accuracy on held-out questions", "length of an answer in tokens")):
+            x = [share for share, _, _ in rows]
+            pick = lambda found: found[key][0] if key == "accuracy" else found[key]  # noqa: E731
+            axis.plot(x, [pick(before) for _, before, _ in rows], color=plot.COLORS[7], label="base")
+            axis.plot(x, [pick(after) for _, _, after in rows], "o", color=plot.COLORS[0], label="after RL, each seed")
+            axis.set(title=title, xlabel="% of the pretraining run", ylim=(0, None))
+            axis.legend()
+            axis.grid(axis="y")
+
+
 # -------------------------------------------------------------------------------------------- the program
+
+
+def open_base(base: str) -> Path:
+    """The directory of the base. Raises UserError when there is none."""
+    if not (Path(base) / "config.json").exists():
+        raise UserError(f"base: no checkpoint in {base}; python train.py makes out/base, --base names another")
+    return Path(base)
 
 
 def build_trainer(config: RLConfig, world: Dist) -> RLTrainer:
     """Everything of a run, new or resumed; says what it is going to do."""
     say = print if world.is_main else lambda *words: None
-    base, folder = Path(config.base), RunFolder(Path(config.out) / config.name, world, "rl.json")
-    if not (base / "config.json").exists():
-        raise UserError(f"base: no checkpoint in {base}; python train.py makes out/base, --base names another")
+    base, folder = open_base(config.base), RunFolder(Path(config.out) / config.name, world, "rl.json")
     if config.questions % world.world_size:
         raise UserError(f"questions: got {config.questions}, wanted a multiple of the {world.world_size} ranks")
     tokenizer, tasks = load_tokenizer(base), [load_task(name) for name in config.task.split(",")]
@@ -874,8 +1170,14 @@ def report(before: dict, after: dict) -> list[str]:
     for kind in ("pass", "majority"):
         lines += [pair(f"{kind}@{k}", before[kind][k], after[kind][k]) for k in list(before[kind])[1:]]
     lines += [pair(name, before["harder"][name], after["harder"][name]) for name in before["harder"]]
-    return lines + [pair("format in %", 100 * before["format"], 100 * after["format"]),
-                    pair("length in tokens", before["length"], after["length"])]
+    for name, key, unit in (("format in %", "format", 100), ("readable in %", "readable", 100),
+                            ("length in tokens", "length", 1), ("tries (?)", "tries", 1)):
+        if before[key] or after[key]:
+            lines.append(pair(name, unit * before[key], unit * after[key]))
+    for style in sorted(before["styles"] | after["styles"]):
+        cells = ((100 * share, 100 * right) for share, right in (each["styles"].get(style, (0, 0)) for each in (before, after)))
+        lines.append(f"{style + ': share, right':26}" + "".join(f"{share:8.0f} %{right:4.0f} %" for share, right in cells))
+    return lines
 
 
 def time_split(rows: list[dict]) -> str:
@@ -888,15 +1190,20 @@ def time_split(rows: list[dict]) -> str:
 def main(argv: list[str]) -> None:
     """One run of RL, or a recipe."""
     sys.path.append("")  # --task module:Class is looked for in the user's folder
-    variant = parse_flags(RLConfig, argv, __doc__).variant
-    config = parse_flags(RLConfig, shlex.split(VARIANTS[variant]) + argv, __doc__)
+    first = parse_flags(RLConfig, argv, __doc__)
+    flags = shlex.split(f"{VARIANTS[first.variant]} {RECIPES[first.recipe]}")
+    config = parse_flags(RLConfig, flags + argv, __doc__)
+    recipes = {"r1": recipe_r1, "distill": recipe_distill, "quality": recipe_quality}
     world = setup_distributed(config.device)
     try:
-        trainer = build_trainer(config, world)
-        if not trainer.run() and world.is_main:
+        if config.recipe:
+            recipes[config.recipe](Recipe(config, world))
+        elif not build_trainer(config, world).run():
+            raise Stopped
+    except Stopped:
+        if world.is_main:
             flags = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
-            print(f"stopped at step {trainer.step} of {config.steps} and saved; to go on:\n"
-                  f"  python rl.py {shlex.join([*flags, '--resume'])}")
+            print(f"stopped and saved; to go on:\n  python rl.py {shlex.join([*flags, '--resume'])}")
     finally:
         world.close()
 

@@ -85,6 +85,7 @@ class TrainConfig:
     bias_until: float = knob(0.97, "fraction after which the bias stays (V3: 14.3T of 14.8T tokens)")
     eval_every: int = knob(100, "steps between evaluations; each one saves and redraws the pictures")
     eval_tokens: int = knob(8192, "tokens per evaluation and domain, of validation and of training text each")
+    keep: list[float] = knob([], "fractions of the run at which the weights are kept, in at-010 and so on")
     seed: int = knob(0, "seed of weights and data order")
     device: str = knob("auto", "auto, cpu, cuda or mps")
     precision: str = knob("auto", "of activations; auto: the faster of fp32, bf16", choices=("auto", "fp32", "bf16", "fp8"))
@@ -120,7 +121,7 @@ RECIPES = {
               "--seq_len 2048 --micro_batch 8 --eval_every 1000 --eval_tokens 262144 --ramp_from 0.25",
 }
 # Knobs that may differ when a run is resumed: they change where and how it is computed, not what.
-FREE_ON_RESUME = {"resume", "overwrite", "out", "device", "impl", "recompute", "micro_batch"}
+FREE_ON_RESUME = {"resume", "overwrite", "out", "device", "impl", "recompute", "micro_batch", "keep"}
 
 
 def model_changes(settings: list[str]) -> dict:
@@ -536,6 +537,9 @@ class Trainer:
                 self.folder.log(self.row(values | (self.evaluate() if is_due else {})))
                 rate = values["tokens_per_s"]
                 progress.show(self.step, f"loss {values['ce']:.3f}  {rate / 1e3:.1f}k tokens/s")
+                for share in self.config.keep:
+                    if self.world.is_main and self.step == round(share * self.plan.steps):
+                        save_pretrained(self.model, self.folder.path / f"at-{100 * share:03.0f}", self.tokenizer)
                 if is_due:
                     progress.note(f"step {self.step}: {self.losses()}, max_vio {values['max_vio']:.2f}")
                     self.save()

@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE))  # toy:Letters is found, also by spawned processes
 WIDTHS = dict(hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
               num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2, q_lora_rank=16, kv_lora_rank=16,
-              qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, max_position_embeddings=64)
+              qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, max_position_embeddings=128)
 SHORT = dict(task="toy:Letters", steps=3, questions=4, group_size=4, max_new_tokens=8, eval_every=2,
              eval_questions=2, eval_samples=2, device="cpu", micro_batch=8)
 
@@ -287,7 +287,7 @@ def test_a_verifier_that_raises_stops_the_run_and_the_text_is_saved(trainer):
 
 @pytest.mark.parametrize("changes, words", [
     ({"group_size": 1}, "group_size: got 1, wanted at least 2: an advantage compares answers"),
-    ({"max_new_tokens": 64}, "max_new_tokens: got 64; questions have up to .* context 64, wanted at most"),
+    ({"max_new_tokens": 128}, "max_new_tokens: got 128; questions have up to .* context 128, wanted at most"),
     ({"task": "toy:OneQuestion"}, "no test question in 1,000 draws"),
     ({"task": "toy:Nothing"}, "task toy:Nothing: .*Nothing"),
     ({"task": "chian"}, "task: got 'chian'.*did you mean 'chain'"),

@@ -59,3 +59,22 @@ class OneQuestion(Letters):
 
     def make(self, rng):
         return Problem("say 1", "g")
+
+
+class Same(Task):
+    """The answer is always 1, so that a model learns it in seconds."""
+
+    name = "same"
+    styles = {"full": 1.0}
+
+    def make(self, rng):
+        return Problem(f"say {rng.randrange(100_000)}", "1")
+
+    def work(self, problem, style, rng):
+        return ["1=1"] * rng.randint(1, 3), "1"
+
+
+class Other(Same):
+    """A second task."""
+
+    name = "other"
