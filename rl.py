@@ -51,7 +51,7 @@ RECIPES = {  # the program of each, and knobs that fit it; a flag on the command
     "distill": "--name distill --steps 60 --eval_samples 8",
     "quality": "--name quality --steps 60 --eval_every 60 --eval_samples 8",
 }
-SFT_LENGTH = 128  # tokens of a sequence of supervised fine-tuning
+SFT_BATCH, SFT_LENGTH = 64, 128  # sequences of a step of supervised fine-tuning, and their tokens
 HARDER = {"chain": ("terms", (4, 6, 8, 10, 12)), "countdown": ("count", (2, 3, 4)), "findtwo": ("count", (4, 6, 8)),
           "compare": ("digits", (3, 4)), "multiply": ("digits", (2, 3)), "sort": ("count", (6, 8))}
 PATIENCE = 20  # steps without a single right answer or difference in reward before the run gives up
@@ -551,7 +551,7 @@ class RLTrainer:
             with written_aside(self.folder.path / "report.txt") as aside:
                 aside.write_text(text + "\n")
             write_json(self.folder.path / "report.json", {"before": self.before, "after": after})
-            thinking_figure(self.folder.path / "thinking.png", {"the base": self.before, "after RL": after})
+            plot.thinking_figure(self.folder.path / "thinking.png", {"the base": self.before, "after RL": after})
 
     def advance(self) -> dict[str, float]:
         """One rollout and its updates; returns the columns of the log."""
@@ -736,7 +736,7 @@ class RLTrainer:
     def draw(self) -> None:
         """Redraw rl.png and expert_load.png."""
         if self.world.is_main:
-            rl_figure(self.folder.path / "rl.png", self.folder.rows(), self.styles)
+            plot.rl_figure(self.folder.path / "rl.png", self.folder.rows(), self.styles)
             names = layer_names(self.model)[: self.loads[0].shape[0]]
             plot.expert_load_figure(self.folder.path / "expert_load.png", torch.stack(self.loads),
                                     list(range(1, len(self.loads) + 1)), names, "update")
@@ -798,72 +798,6 @@ def strip(questions: list[Question], before: list, after: list, width: int = 44)
         left, right = (side + [""] * (height - len(side)) for side in sides)
         lines += [f"{one:{width}} │ {two}" for one, two in zip(left, right)]
     return "\n".join(lines)
-
-
-def rl_figure(path: Path, rows: list[dict], styles: list[str]) -> None:
-    """rl.png: reward, length of thought, styles, KL and entropy, dead groups, balance; all over steps."""
-    def column(name: str) -> list[float]:
-        return [float(row[name] or "nan") for row in rows]
-
-    steps = column("step")
-    with plot.picture(path, "Reinforcement learning: thinking longer because it pays", (13, 7)) as figure:
-        axes = figure.subplots(2, 3).flatten()
-        for name, color in zip(("accuracy", "format", "reward"), plot.COLORS):
-            axes[0].plot(steps, column(name), color=color, label=name)
-        held_out = [(x, y, e) for x, y, e in zip(steps, column("eval_accuracy"), column("eval_error")) if y == y]
-        if held_out:
-            x, y, e = zip(*held_out)
-            axes[0].errorbar(x, y, e, fmt="o", color=plot.COLORS[0], label="accuracy, held out", markersize=4)
-        axes[0].set(title="accuracy, format, reward", ylim=(0, 1.13))
-        axes[0].legend(loc="lower right")
-        axes[1].fill_between(steps, column("length_q1"), column("length_q3"), color="#a9c6e4", linewidth=0)
-        axes[1].plot(steps, column("length"), color=plot.COLORS[0])
-        axes[1].set(title="length of an answer in tokens: mean and quartiles", ylim=(0, None))
-        shares = {name: column("style_" + name) for name in styles}
-        shares = {name: share for name, share in shares.items() if max(share) > 0}
-        axes[2].stackplot(steps, list(shares.values()), labels=list(shares), colors=plot.COLORS)
-        axes[2].set(title="how it answers", ylim=(0, 1))
-        axes[2].legend(loc="upper left", frameon=True, facecolor="white", framealpha=0.85, edgecolor="none")
-        axes[3].plot(steps, column("entropy"), color=plot.COLORS[3], label="entropy per token")
-        axes[3].plot(steps, column("kl"), color=plot.COLORS[1], label="KL to the reference, per token")
-        axes[3].set(title="entropy and KL in nats", ylim=(0, None))
-        axes[3].legend()
-        axes[4].plot(steps, column("dead"), color=plot.COLORS[7], label="dead groups")
-        axes[4].plot(steps, column("truncated"), color=plot.COLORS[4], label="cut off answers")
-        axes[4].set(title="groups that teach nothing, answers cut off", ylim=(0, 1.02))
-        axes[4].legend()
-        axes[5].plot(steps, column("max_vio"), color=plot.COLORS[2])
-        axes[5].set(title="balance of the experts: MaxVio", ylim=(0, None))
-        for axis in axes:
-            axis.set_xlim(0, steps[-1])
-            axis.grid(axis="y")
-        for axis in axes[3:]:
-            axis.set_xlabel("step")
-
-
-def thinking_figure(path: Path, found: dict[str, dict]) -> None:
-    """thinking.png: accuracy bought at test time, with a budget of thought and with votes.
-
-    found: name of the model -> its full evaluation.
-    """
-    with plot.picture(path, "Test-time compute: accuracy on held-out questions", (11, 4.6)) as figure:
-        left, right = figure.subplots(1, 2, sharey=True)
-        for (name, values), color in zip(found.items(), plot.COLORS[1::-1]):
-            for axis, key, label, line in ((left, "budget", name, "-"), (right, "majority", f"{name}: majority", "-"),
-                                           (right, "pass", f"{name}: any right", "--")):
-                x = [int(k) for k in values[key]]
-                y, error = zip(*values[key].values())
-                axis.errorbar(range(len(x)) if axis is left else x, y, error, color=color, label=label,
-                              linestyle=line, marker="o", markersize=4, elinewidth=1)
-                if axis is left:
-                    axis.set_xticks(range(len(x)), x)
-        left.set(title="thought cut after so many tokens", xlabel="tokens of thought", ylabel="share right", ylim=(0, 1.03))
-        right.set(title="so many answers to one question", xlabel="answers", xscale="log")
-        right.set_xticks(x, x)
-        right.minorticks_off()
-        for axis in (left, right):
-            axis.legend()
-            axis.grid(axis="y")
 
 
 # --------------------------------------------------------------------------------------- the whole recipe
@@ -941,7 +875,7 @@ class Recipe:
         def run(path: Path, is_begun: bool) -> bool:
             texts = make_texts()
             config = TrainConfig(init_from=str(base), name=path.name, out=self.config.out, steps=self.config.sft_steps,
-                                 tokens_per_step=64 * SFT_LENGTH, seq_len=SFT_LENGTH, lr=self.config.sft_lr,
+                                 tokens_per_step=SFT_BATCH * SFT_LENGTH, seq_len=SFT_LENGTH, lr=self.config.sft_lr,
                                  eval_every=self.config.sft_steps, seed=self.config.seed, device=self.config.device,
                                  bias_update_speed=0.0, mtp_loss_weight=0.1, ramp_from=1.0)
             folder = RunFolder(path, self.world)
@@ -1094,21 +1028,7 @@ def recipe_quality(recipe: Recipe) -> None:
             rows.append((share, recipe.table[f"{share} %"][0], recipe.table[label][0]))
     recipe.report("RL from checkpoints of one pretraining run, three seeds each")
     if recipe.world.is_main:
-        quality_figure(Path(recipe.config.out) / f"{recipe.config.name}.png", rows)
-
-
-def quality_figure(path: Path, rows: list[tuple[int, dict, dict]]) -> None:
-    """quality.png: accuracy and length of thought after RL against the share of the pretraining run."""
-    with plot.picture(path, "Reinforcement learning against base quality", (11, 4.6)) as figure:
-        for axis, key, title in zip(figure.subplots(1, 2), ("accuracy", "length"),
-                                    ("accuracy on held-out questions", "length of an answer in tokens")):
-            x = [share for share, _, _ in rows]
-            pick = lambda found: found[key][0] if key == "accuracy" else found[key]  # noqa: E731
-            axis.plot(x, [pick(before) for _, before, _ in rows], color=plot.COLORS[7], label="base")
-            axis.plot(x, [pick(after) for _, _, after in rows], "o", color=plot.COLORS[0], label="after RL, each seed")
-            axis.set(title=title, xlabel="% of the pretraining run", ylim=(0, None))
-            axis.legend()
-            axis.grid(axis="y")
+        plot.quality_figure(Path(recipe.config.out) / f"{recipe.config.name}.png", rows)
 
 
 # -------------------------------------------------------------------------------------------- the program

@@ -141,3 +141,83 @@ def expert_domains_figure(path: str | Path, usage: dict[str, Tensor], names: lis
             axis.set_title(names[layer])
         axes[-1].set_xlabel("expert, sorted by the kind of text that uses it most")
         load_bar(figure, image, axes, ("never", "even", "twice\nas often"))
+
+
+def rl_figure(path: Path, rows: list[dict], styles: list[str]) -> None:
+    """rl.png: reward, length of thought, styles, KL and entropy, dead groups, balance; all over steps."""
+    def column(name: str) -> list[float]:
+        return [float(row[name] or "nan") for row in rows]
+
+    steps = column("step")
+    with picture(path, "Reinforcement learning: thinking longer because it pays", (13, 7)) as figure:
+        axes = figure.subplots(2, 3).flatten()
+        for name, color in zip(("accuracy", "format", "reward"), COLORS):
+            axes[0].plot(steps, column(name), color=color, label=name)
+        held_out = [(x, y, e) for x, y, e in zip(steps, column("eval_accuracy"), column("eval_error")) if y == y]
+        if held_out:
+            x, y, e = zip(*held_out)
+            axes[0].errorbar(x, y, e, fmt="o", color=COLORS[0], label="accuracy, held out", markersize=4)
+        axes[0].set(title="accuracy, format, reward", ylim=(0, 1.13))
+        axes[0].legend(loc="lower right")
+        axes[1].fill_between(steps, column("length_q1"), column("length_q3"), color="#a9c6e4", linewidth=0)
+        axes[1].plot(steps, column("length"), color=COLORS[0])
+        axes[1].set(title="length of an answer in tokens: mean and quartiles", ylim=(0, None))
+        shares = {name: column("style_" + name) for name in styles}
+        shares = {name: share for name, share in shares.items() if max(share) > 0}
+        axes[2].stackplot(steps, list(shares.values()), labels=list(shares), colors=COLORS)
+        axes[2].set(title="how it answers", ylim=(0, 1))
+        axes[2].legend(loc="upper left", frameon=True, facecolor="white", framealpha=0.85, edgecolor="none")
+        axes[3].plot(steps, column("entropy"), color=COLORS[3], label="entropy per token")
+        axes[3].plot(steps, column("kl"), color=COLORS[1], label="KL to the reference, per token")
+        axes[3].set(title="entropy and KL in nats", ylim=(0, None))
+        axes[3].legend()
+        axes[4].plot(steps, column("dead"), color=COLORS[7], label="dead groups")
+        axes[4].plot(steps, column("truncated"), color=COLORS[4], label="cut off answers")
+        axes[4].set(title="groups that teach nothing, answers cut off", ylim=(0, 1.02))
+        axes[4].legend()
+        axes[5].plot(steps, column("max_vio"), color=COLORS[2])
+        axes[5].set(title="balance of the experts: MaxVio", ylim=(0, None))
+        for axis in axes:
+            axis.set_xlim(0, steps[-1])
+            axis.grid(axis="y")
+        for axis in axes[3:]:
+            axis.set_xlabel("step")
+
+
+def thinking_figure(path: Path, found: dict[str, dict]) -> None:
+    """thinking.png: accuracy bought at test time, with a budget of thought and with votes.
+
+    found: name of the model -> its full evaluation.
+    """
+    with picture(path, "Test-time compute: accuracy on held-out questions", (11, 4.6)) as figure:
+        left, right = figure.subplots(1, 2, sharey=True)
+        for (name, values), color in zip(found.items(), COLORS[1::-1]):
+            for axis, key, label, line in ((left, "budget", name, "-"), (right, "majority", f"{name}: majority", "-"),
+                                           (right, "pass", f"{name}: any right", "--")):
+                x = [int(k) for k in values[key]]
+                y, error = zip(*values[key].values())
+                axis.errorbar(range(len(x)) if axis is left else x, y, error, color=color, label=label,
+                              linestyle=line, marker="o", markersize=4, elinewidth=1)
+                if axis is left:
+                    axis.set_xticks(range(len(x)), x)
+        left.set(title="thought cut after so many tokens", xlabel="tokens of thought", ylabel="share right", ylim=(0, 1.03))
+        right.set(title="so many answers to one question", xlabel="answers", xscale="log")
+        right.set_xticks(x, x)
+        right.minorticks_off()
+        for axis in (left, right):
+            axis.legend()
+            axis.grid(axis="y")
+
+
+def quality_figure(path: Path, rows: list[tuple[int, dict, dict]]) -> None:
+    """quality.png: accuracy and length of thought after RL against the share of the pretraining run."""
+    with picture(path, "Reinforcement learning against base quality", (11, 4.6)) as figure:
+        for axis, key, title in zip(figure.subplots(1, 2), ("accuracy", "length"),
+                                    ("accuracy on held-out questions", "length of an answer in tokens")):
+            x = [share for share, _, _ in rows]
+            pick = lambda found: found[key][0] if key == "accuracy" else found[key]  # noqa: E731
+            axis.plot(x, [pick(before) for _, before, _ in rows], color=COLORS[7], label="base")
+            axis.plot(x, [pick(after) for _, _, after in rows], "o", color=COLORS[0], label="after RL, each seed")
+            axis.set(title=title, xlabel="% of the pretraining run", ylim=(0, None))
+            axis.legend()
+            axis.grid(axis="y")

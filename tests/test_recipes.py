@@ -1,5 +1,6 @@
 """The recipes: examples of fine-tuning, stages that are passed over or continued, each a checkpoint for sample.py."""
 
+import itertools
 import json
 import shlex
 import sys
@@ -18,7 +19,13 @@ from rl import Examples, RLConfig, Recipe, is_readable
 from train import Dist
 
 sys.path.append(str(Path(__file__).parent))
-QUICK = SHORT | dict(task="toy:Same,toy:Other", steps=2, sft_steps=50, sft_lr=1e-2, max_new_tokens=30, name="r1", recipe="r1")
+QUICK = SHORT | dict(task="toy:Same,toy:Other", steps=2, sft_steps=40, sft_lr=1e-2, max_new_tokens=30, name="r1", recipe="r1")
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr(rl, "SFT_BATCH", 16)
+    monkeypatch.setattr(rl, "SFT_LENGTH", 48)
 
 
 def recipe(base, out, **changes) -> Recipe:  # noqa: F811
@@ -85,7 +92,7 @@ def test_r1_leaves_a_checkpoint_per_stage_and_a_table_and_passes_over_what_is_fi
     table = (out / "r1.txt").read_text()
     assert all(label in table for label in ["base", *labels]) and "pass@1 other" in table
     exams = {label: json.loads((out / f"r1-{label}" / "exam.json").read_text()) for label in labels}
-    assert exams["1-cold-start"][0]["accuracy"][0] > 0.8 > 0.2 > exams["0-zero"][0]["accuracy"][0]
+    assert exams["1-cold-start"][0]["accuracy"][0] > 0.6 > 0.2 > exams["0-zero"][0]["accuracy"][0]
     kept = json.loads((out / "r1-3-rejection" / "texts.json").read_text())
     assert all(is_readable(load_task("toy:Same"), text) for _, text in kept)
     with pytest.raises(UserError, match="holds a run already"):
@@ -101,16 +108,11 @@ def test_a_stage_that_is_cut_off_continues(base, tmp_path, monkeypatch):  # noqa
     whole, cut = (recipe(base, tmp_path / name, eval_every=1, sft_steps=6) for name in ("whole", "cut"))
     texts = whole.clean_traces(whole.tasks, 40)
     whole.sft("1-cold-start", base, lambda: texts)
-    monkeypatch.setattr("train.StopSignal.is_set", property(lambda stop: rl_steps() >= 3, lambda stop, value: None), raising=False)
-    steps = [0]
-
-    def rl_steps():
-        steps[0] += 1
-        return steps[0] - 1
-
-    with pytest.raises(rl.Stopped):
+    asked = itertools.count()
+    with monkeypatch.context() as patch, pytest.raises(rl.Stopped):  # a signal arrives in the third step
+        patch.setattr("train.StopSignal.is_set", property(lambda stop: next(asked) >= 3, lambda stop, value: None),
+                      raising=False)
         cut.sft("1-cold-start", base, lambda: texts)
-    monkeypatch.undo()
     recipe(base, tmp_path / "cut", eval_every=1, sft_steps=6, resume=True).sft("1-cold-start", base, lambda: texts)
     weights = [(tmp_path / name / "r1-1-cold-start" / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert weights[0] == weights[1]
