@@ -24,13 +24,13 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import train
 from data import UserError, plot
 from data.corpus import prepare
 from data.loader import Loader
@@ -39,9 +39,8 @@ from data.tokenizer import load_tokenizer
 from kernels import IGNORE
 from model import Transformer, load_pretrained, save_pretrained, write_json, written_aside
 from sample import Generation, generate, knob, parse_flags, run_main
-from train import build_trainer as pretraining
-from train import (Dist, Progress, RunFolder, StopSignal, TrainConfig, Trainer, layer_names, load_optimizer, make_optimizer,
-                   max_violation, minutes, optimizer_tensors, setup_distributed, update_routing)
+from train import (Dist, Progress, RunFolder, StopSignal, TrainConfig, Trainer, layer_names, load_optimizer,
+                   make_optimizer, max_violation, minutes, optimizer_tensors, setup_distributed, update_routing)
 
 RATIO_TOLERANCE = 1e-4  # sampler and trainer must agree on log-probs to this, in nats (float32)
 FREE_ON_RESUME = {"resume", "overwrite", "out", "device", "impl", "micro_batch"}
@@ -283,7 +282,7 @@ def ask(model: Transformer, tokenizer, questions: list[Question], num_samples: i
                     seed=[q.seed for q in questions], **sampling)
     texts = [tokenizer.decode(made.completion(row)) for row in range(len(made.tokens))]
     parts = [judge(questions[row // num_samples], text, folder) for row, text in enumerate(texts)]
-    rewards = torch.tensor([reward_total(each) for each in parts], dtype=torch.float64)
+    rewards = torch.tensor([each["total"] for each in parts], dtype=torch.float64)
     rewards = rewards.view(len(questions), num_samples)
     return Answers(questions, made, texts, parts, rewards)
 
@@ -291,7 +290,8 @@ def ask(model: Transformer, tokenizer, questions: list[Question], num_samples: i
 def judge(question: Question, text: str, folder: Path) -> dict[str, float]:
     """The task's reward. A verifier that breaks ends the run, with the text that broke it on disk."""
     try:
-        return question.task.reward(question.problem, text)
+        parts = question.task.reward(question.problem, text)
+        return parts | {"total": reward_total(parts)}
     except Exception as error:  # whatever a user's verifier may raise
         path = folder / "broke_the_verifier.txt"
         path.write_text(f"{question.problem}\n{text}\n")
@@ -419,7 +419,8 @@ def evaluate(model: Transformer, tokenizer, tasks: list[Task], config: RLConfig,
         texts += answers.texts
         lengths.append(answers.lengths.double())
     right = torch.cat(right)  # (Q, n)
-    readable = [is_readable(task, text) for task, text in zip(asked, texts)]
+    clean = {task: clean_forms(task) for task in tasks}
+    readable = [is_readable(text, clean[task]) for task, text in zip(asked, texts)]
     out = {"accuracy": mean_error(right.double().mean(1)), "format": float(torch.cat(form).mean()),
            "readable": sum(readable) / len(texts), "length": float(torch.cat(lengths).mean()),
            "tries": sum(text.count("?") for text in texts) / len(texts), "styles": {}}
@@ -428,47 +429,58 @@ def evaluate(model: Transformer, tokenizer, tasks: list[Task], config: RLConfig,
         hits = [is_right for one, is_right in zip(habits, right.flatten().tolist()) if one == habit]
         out["styles"][habit] = [len(hits) / len(texts), sum(hits) / len(hits)]
     if is_full:
-        greedy = ask(model, tokenizer, questions, 1, folder, temperature=0.0, **knobs)
-        votes = [parts and parts[1] for parts in map(split_completion, texts)]
-        votes = [votes[i : i + samples] for i in range(0, len(votes), samples)]
-        powers = [2**i for i in range(samples.bit_length())]
-        out["greedy"] = mean_error(greedy.part("accuracy").squeeze(1))
-        out["pass"] = {k: mean_error(pass_at_k(right, k)) for k in powers}
-        out["majority"] = {k: mean_error(majority_at_k(votes, right, k)) for k in powers}
-        out["budget"] = {b: mean_error(think_within(model, tokenizer, questions, b, folder, config))
-                         for b in (0, 4, 8, 16, 32, 64) if b < config.max_new_tokens}
-        out["harder"] = {}
-        for task in tasks:
-            key, values = HARDER.get(task.name, ("", ()))
-            for value in values:
-                questions = draw_questions([task], "test", "harder", range(config.eval_questions), **{key: value})
-                answers = ask(model, tokenizer, questions, 4, folder, **knobs)
-                out["harder"][f"{task.name}, {value} {key}"] = mean_error(answers.part("accuracy").mean(1))
+        out |= full_evaluation(model, tokenizer, tasks, config, folder, questions, texts, right)
     return json.loads(json.dumps(out))  # as it will be after a resume
 
 
-@cache
-def clean_shapes(task: Task) -> set[str]:
-    """The steps of clean work, every number written as 0: what 200 of the task's own clean traces hold."""
-    rng = random.Random(0)
-    texts = [task.trace(task.problem(rng), rng, style=clean_style(task), tagged=True) for _ in range(200)]
-    return {shape for text in texts for shape in shapes(split_completion(text)[0])}
-
-
-def shapes(thinking: str) -> set[str]:
-    """The forms of the steps of a thought: `12-4=8;8+3=1` has two, `0-0=0` and `0+0=0`."""
-    return {re.sub("[0-9]+", "0", step) for step in thinking.split(";")}
+def full_evaluation(model, tokenizer, tasks, config: RLConfig, folder, questions, texts, right: Tensor) -> dict:
+    """Greedy decoding, pass@k, majority@k of the answers' `texts` (Q * n), thinking budgets, harder questions."""
+    samples, knobs = right.shape[1], {"max_new_tokens": config.max_new_tokens}
+    greedy = ask(model, tokenizer, questions, 1, folder, temperature=0.0, **knobs)
+    votes = [parts and parts[1] for parts in map(split_completion, texts)]
+    votes = [votes[i : i + samples] for i in range(0, len(votes), samples)]
+    powers = [2**i for i in range(samples.bit_length())]
+    out = {"greedy": mean_error(greedy.part("accuracy").squeeze(1)), "harder": {}}
+    out["pass"] = {k: mean_error(pass_at_k(right, k)) for k in powers}
+    out["majority"] = {k: mean_error(majority_at_k(votes, right, k)) for k in powers}
+    out["budget"] = {b: mean_error(think_within(model, tokenizer, questions, b, folder, config))
+                     for b in (0, 4, 8, 16, 32, 64) if b < config.max_new_tokens}
+    for task in tasks:
+        key, values = HARDER.get(task.name, ("", ()))
+        for value in values:
+            questions = draw_questions([task], "test", "harder", range(config.eval_questions), **{key: value})
+            answers = ask(model, tokenizer, questions, 4, folder, **knobs)
+            out["harder"][f"{task.name}, {value} {key}"] = mean_error(answers.part("accuracy").mean(1))
+    return out
 
 
 def clean_style(task: Task) -> str:
     """The style of full work, in one language where a task has several."""
-    return next((style for style in ("english", "search", "full") if style in task.styles))
+    return next((style for style in ("english", "search", "full") if style in task.styles), next(iter(task.styles)))
 
 
-def is_readable(task: Task, text: str) -> bool:
-    """Well-formed, and every step of the thought is written as in clean work: no stray text, no skipping."""
+def clean_forms(task: Task) -> set[str] | None:
+    """Forms of steps and words in 200 clean traces of the task; None where they have no fixed form."""
+    rng, forms = random.Random(0), set()
+    try:
+        for _ in range(200):
+            trace = task.trace(task.problem(rng), rng, style=clean_style(task), tagged=True)
+            forms |= forms_of(split_completion(trace)[0])
+    except NotImplementedError:  # a user's task without `work`
+        return None
+    return forms if len(forms) < 200 else None
+
+
+def forms_of(thinking: str) -> set[str]:
+    """The words of a thought, and the forms of its steps: `12-4=8 no` is `0-0=0 w`."""
+    steps = re.sub("[0-9]+", "0", thinking).split(";")
+    return {re.sub(r"[^\W\d]+", "w", step) for step in steps} | set(re.findall(r"[^\W\d]+", thinking))
+
+
+def is_readable(text: str, clean: set[str] | None) -> bool:
+    """Well-formed, and each step and word is one of `clean_forms`: no stray text, skipped steps, second language."""
     parts = split_completion(text)
-    return parts is not None and shapes(parts[0]) <= clean_shapes(task)
+    return parts is not None and (clean is None or forms_of(parts[0]) <= clean)
 
 
 def think_within(model, tokenizer, questions: list[Question], budget: int, folder: Path, config: RLConfig,
@@ -597,7 +609,8 @@ class RLTrainer:
         style = Counter(answers.questions[row // G].task.style_of(text) for row, text in enumerate(answers.texts))
         style["other"] = N - sum(style[name] for name in self.styles)
         sums = {"reward": answers.rewards.sum(), "accuracy": answers.part("accuracy").sum(),
-                "format": answers.part("format").sum(), "language": answers.part("language").sum(), "truncated": (~made.finished).sum(),
+                "format": answers.part("format").sum(), "language": answers.part("language").sum(),
+                "truncated": (~made.finished).sum(),
                 "entropy": made.entropy.sum(), "tokens": made.mask.sum(), "answers": N, "dead": dead,
                 "asked": asked} | {"style_" + name: style[name] for name in self.styles}
         histogram = torch.bincount(answers.lengths.cpu(), minlength=self.config.max_new_tokens + 1)
@@ -917,12 +930,12 @@ class Recipe:
 
     def report(self, title: str) -> None:
         """The table of all stages, printed and kept in out/<name>.txt."""
-        others = ", ".join(task.name for task in self.tasks[1:])
-        head = [f"pass@1 {self.tasks[0].name}", *([f"pass@1 {others}"] if others else []), "format", "readable", "length"]
+        groups = [", ".join(task.name for task in tasks) for tasks in (self.tasks[:1], self.tasks[1:]) if tasks]
+        head = [f"pass@1 {names}" for names in groups] + ["format", "readable", "length"]
         lines = [title, f"{'':20}" + "".join(f"{name:>{len(name) + 3}}" for name in head)]
         for label, found in self.table.items():
-            cells = [f"{100 * each['accuracy'][0]:.1f} %" for each in found]
-            cells += [f"{100 * found[0]['format']:.1f} %", f"{100 * found[0]['readable']:.1f} %", f"{found[0]['length']:.1f}"]
+            shares = [each["accuracy"][0] for each in found] + [found[0]["format"], found[0]["readable"]]
+            cells = [*(f"{100 * share:.1f} %" for share in shares), f"{found[0]['length']:.1f}"]
             lines.append(f"{label:20}" + "".join(f"{cell:>{len(name) + 3}}" for cell, name in zip(cells, head)))
         if self.world.is_main:
             print("\n" + "\n".join(lines))
@@ -943,12 +956,13 @@ class Recipe:
         """Rejection sampling: what this checkpoint answers correctly and readably, at most one per question and
         `count` in all. Raises UserError when hardly anything is."""
         model, kept = load_pretrained(path, self.config.impl, self.world.device), []
+        clean = {task: clean_forms(task) for task in tasks}
         for start in range(0, 8 * count, 64):
             questions = draw_questions(tasks, "train", f"rejection {self.config.seed}", range(start, start + 64))
             answers = ask(model, self.tokenizer, questions, 4, path, max_new_tokens=self.config.max_new_tokens)
             for i, question in enumerate(questions):
                 good = [text for text, parts in zip(answers.texts[4 * i : 4 * i + 4], answers.parts[4 * i : 4 * i + 4])
-                        if parts["accuracy"] == 1 and is_readable(question.task, text)]
+                        if parts["accuracy"] == 1 and is_readable(text, clean[question.task])]
                 kept += [(question.problem.question, text) for text in good[:1]]
             if len(kept) >= count:
                 return kept[:count]
@@ -989,10 +1003,10 @@ def recipe_r1(recipe: Recipe) -> None:
 def recipe_distill(recipe: Recipe) -> None:
     """A smaller model taught by R1's correct samples, beside RL on the small one itself (R1 section 4.1)."""
     config = recipe.config
-    teacher = next((path for name in ("r1-4-all", "rl") if (path := Path(config.out) / name / "config.json").exists()), None)
+    teachers = [Path(config.out) / name for name in ("r1-4-all", "rl")]
+    teacher = next((path for path in teachers if (path / "config.json").exists()), None)
     if teacher is None:
         raise UserError(f"distill: no teacher in {config.out}: python rl.py --recipe r1, or python rl.py, makes one")
-    teacher = teacher.parent
     small = recipe.stage("0-small", lambda path, is_begun: pretrain_small(recipe, path, is_begun))
     recipe.exam("teacher", teacher)
     taught = recipe.sft("1-taught", small, lambda: recipe.good_samples(teacher, recipe.tasks[:1], 1500))
@@ -1010,7 +1024,7 @@ def pretrain_small(recipe: Recipe, path: Path, is_begun: bool) -> bool:
     changes = {"set": ["hidden_size=64", "num_hidden_layers=3", "intermediate_size=160", "moe_intermediate_size=32"],
                "name": path.name, "out": recipe.config.out, "device": recipe.config.device, "keep": [],
                "resume": is_begun, "overwrite": recipe.config.overwrite}
-    return pretraining(TrainConfig(**knobs | changes), recipe.world).run()
+    return train.build_trainer(TrainConfig(**knobs | changes), recipe.world).run()
 
 
 def recipe_quality(recipe: Recipe) -> None:
@@ -1095,8 +1109,9 @@ def report(before: dict, after: dict) -> list[str]:
         if before[key] or after[key]:
             lines.append(pair(name, unit * before[key], unit * after[key]))
     for style in sorted(before["styles"] | after["styles"]):
-        cells = ((100 * share, 100 * right) for share, right in (each["styles"].get(style, (0, 0)) for each in (before, after)))
-        lines.append(f"{style + ': share, right':26}" + "".join(f"{share:8.0f} %{right:4.0f} %" for share, right in cells))
+        cells = (each["styles"].get(style, (0, 0)) for each in (before, after))
+        cells = (f"{100 * share:.0f} %{100 * right:4.0f} %" for share, right in cells)
+        lines.append(f"{style + ': share, right':26}" + "".join(f"{cell:>16}" for cell in cells))
     return lines
 
 

@@ -200,7 +200,8 @@ def thinking_figure(path: Path, found: dict[str, dict]) -> None:
                               linestyle=line, marker="o", markersize=4, elinewidth=1)
                 if axis is left:
                     axis.set_xticks(range(len(x)), x)
-        left.set(title="thought cut after so many tokens", xlabel="tokens of thought", ylabel="share right", ylim=(0, 1.03))
+        left.set(title="thought cut after so many tokens", xlabel="tokens of thought", ylabel="share right",
+                 ylim=(0, 1.03))
         right.set(title="so many answers to one question", xlabel="answers", xscale="log")
         right.set_xticks(x, x)
         right.minorticks_off()

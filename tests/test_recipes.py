@@ -15,11 +15,12 @@ from data import UserError
 from data.tasks import load_task
 from data.tokenizer import load_tokenizer
 from kernels import IGNORE
-from rl import Examples, RLConfig, Recipe, is_readable
+from rl import Examples, Recipe, RLConfig, clean_forms, is_readable
 from train import Dist
 
 sys.path.append(str(Path(__file__).parent))
-QUICK = SHORT | dict(task="toy:Same,toy:Other", steps=2, sft_steps=40, sft_lr=1e-2, max_new_tokens=30, name="r1", recipe="r1")
+QUICK = SHORT | dict(task="toy:Same,toy:Other", steps=2, sft_steps=40, sft_lr=1e-2, max_new_tokens=30,
+                     name="r1", recipe="r1")
 
 
 @pytest.fixture(autouse=True)
@@ -70,31 +71,32 @@ def test_plain_text_is_mixed_in_whole():
 
 
 def test_readable_is_written_as_clean_work():
-    chain = load_task("chain")
+    chain, languages = (clean_forms(load_task(name)) for name in ("chain", "languages"))
     good = "<think>4-6=8;8+3=1</think><answer>1</answer>"
-    assert is_readable(chain, good)
+    assert is_readable(good, chain)
     for bad in ("4-6=8;8+3=1 so 1", good + "x", good.replace(";", " wait "), good.replace("4-6=8;", "4-6+1=9;"),
                 good.replace("=8;", "=8;the "), "<think></think><answer>1</answer>"):
-        assert not is_readable(chain, bad), bad
-    assert is_readable(load_task("languages"), "<think>four minus six is eight</think><answer>8</answer>")
-    assert not is_readable(load_task("languages"), "<think>vier minus six is eight</think><answer>8</answer>")
+        assert not is_readable(bad, chain), bad
+    assert is_readable("<think>four minus six is eight</think><answer>8</answer>", languages)
+    assert not is_readable("<think>vier minus six is eight</think><answer>8</answer>", languages)
+    assert clean_forms(load_task("toy:Letters")) is None  # a task without `work`: well-formed is all there is to ask
 
 
-def test_r1_leaves_a_checkpoint_per_stage_and_a_table_and_passes_over_what_is_finished(base, tmp_path, capsys):  # noqa: F811
+def test_r1_leaves_checkpoints_and_a_table_and_passes_over_what_is_finished(base, tmp_path, capsys):  # noqa: F811
     out = tmp_path / "out"
     rl.recipe_r1(recipe(base, out))
     labels = ["0-zero", "1-cold-start", "2-reasoning", "3-rejection", "4-all"]
     stamps = {}
     for label in labels:
         folder = out / f"r1-{label}"
-        assert {"config.json", "model.safetensors", "tokenizer.json", "exam.json"} <= {file.name for file in folder.iterdir()}
+        assert all((folder / name).exists() for name in ("config.json", "tokenizer.json", "exam.json"))
         stamps[label] = (folder / "model.safetensors").stat().st_mtime_ns
     table = (out / "r1.txt").read_text()
     assert all(label in table for label in ["base", *labels]) and "pass@1 other" in table
     exams = {label: json.loads((out / f"r1-{label}" / "exam.json").read_text()) for label in labels}
     assert exams["1-cold-start"][0]["accuracy"][0] > 0.6 > 0.2 > exams["0-zero"][0]["accuracy"][0]
     kept = json.loads((out / "r1-3-rejection" / "texts.json").read_text())
-    assert all(is_readable(load_task("toy:Same"), text) for _, text in kept)
+    assert all(is_readable(text, {"0=0"}) for _, text in kept)
     with pytest.raises(UserError, match="holds a run already"):
         rl.recipe_r1(recipe(base, out))
     (out / "r1-4-all" / "exam.json").unlink()  # as if it had been cut off behind its last step
@@ -123,16 +125,16 @@ def test_rejection_sampling_without_good_samples_is_one_line(base, tmp_path):  #
         recipe(base, tmp_path).good_samples(base, [load_task("toy:Same")], 8)
 
 
-@pytest.mark.parametrize("name, words", [("quality", "python train.py --keep"), ("distill", "python rl.py --recipe r1")])
+@pytest.mark.parametrize("name, words", [("quality", "python train.py --keep"),
+                                         ("distill", "python rl.py --recipe r1")])
 def test_what_a_recipe_needs_is_named(base, tmp_path, name, words):  # noqa: F811
     with pytest.raises(UserError, match=words):
         {"quality": rl.recipe_quality, "distill": rl.recipe_distill}[name](recipe(base, tmp_path, recipe=name))
 
 
 def test_a_recipe_without_its_base_is_one_line_and_code_2(python):
-    for name in ("r1",):
-        done = python("rl.py", "--recipe", name)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "python train.py makes out/base" in done.stderr
+    done = python("rl.py", "--recipe", "r1")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "python train.py makes out/base" in done.stderr
 
 
 def test_flags_of_recipes_are_knobs_that_exist():

@@ -121,7 +121,7 @@ def test_kill_and_resume_give_the_log_and_the_weights_of_an_uninterrupted_run(ba
 def test_it_learns_what_is_rewarded_and_a_large_kl_weight_holds_it_back(trainer):
     reached = {}
     for beta in (1e-6, 1e3):
-        run = trainer(name=f"kl{beta}", kl_beta=beta, reference_every=1000, steps=100, lr=5e-3, questions=16, warmup_steps=1)
+        run = trainer(name=f"kl{beta}", kl_beta=beta, reference_every=1000, lr=5e-3, questions=16, warmup_steps=1)
         log = [run.advance() for _ in range(20)]
         assert log[0]["kl"] == 0 and all(row["kl"] >= 0 for row in log)
         reached[beta] = log
@@ -293,7 +293,8 @@ def test_a_verifier_that_raises_stops_the_run_and_the_text_is_saved(trainer):
     ({"task": "chian"}, "task: got 'chian'.*did you mean 'chain'"),
     ({"base": "nowhere"}, "no checkpoint in nowhere; python train.py makes out/base"),
     ({"overlong_tokens": 9}, "overlong_tokens: got 9, wanted 0 to max_new_tokens"),
-    ({"questions": 0}, "questions: got 0"), ({"name": "a/b"}, "name: got 'a/b'"), ({"temperature": 0.0}, "temperature")])
+    ({"questions": 0}, "questions: got 0"), ({"name": "a/b"}, "name: got 'a/b'"),
+    ({"temperature": 0.0}, "temperature")])
 def test_bad_input_is_one_line(trainer, changes, words):
     with pytest.raises(UserError, match=words) as caught:
         trainer(**changes)
@@ -324,8 +325,8 @@ def test_a_missing_base_is_one_line_and_code_2(python):
 def test_pass_at_k_is_the_mean_over_all_subsets():
     right = torch.tensor([[1, 0, 0, 1, 0, 0], [0] * 6, [1] * 6, [0, 0, 0, 0, 0, 1]], dtype=torch.bool)
     for k in range(1, 7):
-        brute = [sum(any(subset) for subset in itertools.combinations(row, k)) / len(list(itertools.combinations(row, k)))
-                 for row in right.tolist()]
+        subsets = [list(itertools.combinations(row, k)) for row in right.tolist()]
+        brute = [sum(map(any, each)) / len(each) for each in subsets]
         assert rl.pass_at_k(right, k).tolist() == pytest.approx(brute, abs=1e-12)
 
 
