@@ -6,8 +6,12 @@ numbers with less work or less memory, in plain PyTorch: no Triton, no custom bu
 one side for a model and says why.
 
 Shapes use the legend of model.py.
+
+    python kernels.py [tiny | small | medium] [fp32 | bf16]     both twins of every operation, measured here
 """
 
+import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 from typing import Callable, NamedTuple
@@ -608,3 +612,96 @@ def select(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = t
     if has_onednn:
         reasons.append("float32 products by oneDNN, as exact as MKL's")
     return Kernels(**chosen, reasons=tuple(reasons), has_onednn=has_onednn, is_fp8=fp8)
+
+
+# -------------------------------------------------------------------------------------------- measuring
+
+# of the presets of model.py, which this file may not import; B rows of T tokens in training
+SHAPES = {
+    "tiny": dict(B=32, T=256, C=96, H=4, D=16, P=16, Dv=16, R=32, E=16, K=4, F=48, V=1024),
+    "small": dict(B=4, T=1024, C=512, H=8, D=64, P=32, Dv=64, R=128, E=32, K=4, F=256, V=4096),
+    "medium": dict(B=1, T=2048, C=1024, H=16, D=64, P=32, Dv=64, R=256, E=64, K=6, F=512, V=50304),
+}
+
+
+def seconds(function: Callable, times: int = 5) -> float:
+    """Median seconds of a call, after one to warm up; waits for a GPU."""
+    took = []
+    for _ in range(times + 1):
+        start = time.perf_counter()
+        function()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        took.append(time.perf_counter() - start)
+    return sorted(took[1:])[times // 2]
+
+
+def matmul_ceiling(dtype: torch.dtype, device="cpu") -> float:
+    """Most FLOP/s that this machine reaches in one matrix product."""
+    sizes = (512, 1024, 2048) if torch.device(device).type == "cpu" else (2048, 4096, 8192)
+    squares = {n: torch.randn(n, n, dtype=dtype, device=device) for n in sizes}
+    return max(2 * n**3 / seconds(partial(torch.mm, x, x)) for n, x in squares.items())
+
+
+def samples(s: dict, dtype: torch.dtype) -> dict[str, tuple[tuple, float]]:
+    """Inputs of every operation at one shape, and the FLOPs of its products in the forward pass."""
+    B, T, C, H, D, P, Dv, R, E, K, F_, V = s.values()
+    N, rows = B * T, torch.arange(s["T"])  # latent attention as in decoding: one new token on T cached ones
+    make = lambda *shape: torch.randn(shape, dtype=dtype).div_(shape[-1] ** 0.5).requires_grad_()  # noqa: E731
+    angle = rows[:, None, None] * torch.rand(P // 2)  # (T, 1, P/2)
+    heads = (make(B, T, H, D), make(B, T, H, P), make(B, T, H, D), make(B, T, P), make(B, T, H, Dv), 1.0)
+    cached = (make(B, 1, H, R), make(B, 1, H, P), make(B, T, R + P), rows[-1].expand(B, 1), 1.0)
+    topk_idx, gates = torch.rand(N, E).topk(K).indices, torch.rand(N, K, requires_grad=True)
+    return {"rms_norm": ((make(N, C), make(C), 1e-6), 0),
+            "apply_rope": ((make(B, T, H, P), angle.cos(), angle.sin()), 0),
+            "causal_attention": (heads, B * H * T * T * (D + P + Dv)),
+            "latent_attention": (cached, 2 * B * H * T * (2 * R + P)),
+            "expert_ffn": ((make(N, C), make(E, 2 * F_, C), make(E, C, F_), topk_idx, gates), 6 * N * K * C * F_),
+            "linear_cross_entropy": ((make(N, C), make(V, C), torch.randint(0, V, (N,))), 2 * N * C * V)}
+
+
+def measure(twin: Callable, inputs: tuple) -> tuple[Tensor, float, float, int]:
+    """Result, seconds forward, seconds forward and backward, and bytes kept in between beside the inputs."""
+    known, kept = {x.untyped_storage().data_ptr() for x in inputs if torch.is_tensor(x)}, {}
+
+    def note(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        out = twin(*inputs)
+    outside, leaves = torch.randn_like(out), [x for x in inputs if torch.is_tensor(x) and x.requires_grad]
+    both = seconds(lambda: torch.autograd.grad(twin(*inputs), leaves, outside))
+    with torch.no_grad():
+        return out.detach(), seconds(lambda: twin(*inputs)), both, sum(kept[key] for key in kept.keys() - known)
+
+
+def main(argv: list[str]) -> int:
+    """Print the table of one shape and dtype."""
+    name, kind = ([*argv, "tiny"][0], [*argv[1:], "fp32"][0])
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if len(argv) > 2 or name not in SHAPES or kind not in dtypes:
+        print(f"error: got {' '.join(argv)}, wanted: python kernels.py [{' | '.join(SHAPES)}] [fp32 | bf16]", file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    ops = select("fused", dtype=dtypes[kind])
+    ops.begin(MANY_ROWS)
+    ceiling = matmul_ceiling(dtypes[kind])
+    print(f"{name}, {kind}, {torch.get_num_threads()} threads; products reach {ceiling / 1e9:.0f} GFLOP/s; "
+          f"{'; '.join(ops.reasons)}\nms and MB as reference -> fused; kept: for the backward, beside the inputs\n\n"
+          f"{'operation':22}{'forward ms':>19}{'with backward ms':>21}{'faster':>8}{'kept MB':>18}"
+          f"{'error':>19}{'of ceiling':>12}")
+    for op, (inputs, flops) in samples(SHAPES[name], dtypes[kind]).items():
+        twins = [measure(twin, inputs) for twin in (OPS[op].reference, getattr(ops, op))]
+        exact = OPS[op].reference(*[x.detach().double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs])
+        errors = [((out - exact).abs().max() / exact.abs().max()).item() for out, *_ in twins]
+        pairs = [[1e3 * t[1] for t in twins], [1e3 * t[2] for t in twins], [t[3] / 1e6 for t in twins]]
+        forward, both, kept = (f"{a:.3g} -> {b:.3g}" for a, b in pairs)
+        share = f"{3 * flops / twins[1][2] / ceiling:12.0%}" if flops else f"{'-':>12}"
+        print(f"{op:22}{forward:>19}{both:>21}{twins[0][2] / twins[1][2]:>7.2f}x{kept:>18}"
+              f"{errors[0]:>10.0e} ->{errors[1]:.0e}{share}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
