@@ -489,7 +489,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     backward; else the backward computes each block again.
     """
 
-    BLOCK = 1 << 20  # logits in a block
+    BLOCK = 1 << 19  # logits in a block: 2 MiB in float32
     KEEP = 1 << 24
 
     @staticmethod
