@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,7 +40,7 @@ from data.corpus import prepare
 from data.loader import Loader, eval_batches
 from data.tasks import BOS, load_task, prompt_text
 from data.tokenizer import load_tokenizer
-from kernels import IGNORE
+from kernels import IGNORE, matmul_ceiling
 from model import (PRESETS, Config, Transformer, count_parameters, flops_per_token, load_pretrained,
                    save_pretrained, write_json, written_aside)
 from sample import generate, knob, parse_flags, pick_device, run_main
@@ -91,6 +92,8 @@ class TrainConfig:
     precision: str = knob("auto", "of activations; auto: the faster of fp32, bf16", choices=("auto", "fp32", "bf16", "fp8"))
     impl: str = knob("fused", "twins of kernels.py", choices=("fused", "reference"))
     recompute: bool = knob(False, "keep block inputs only, compute activations again in the backward pass")
+    bench: bool = knob(False, "time a step on random tokens, beside transformers' model, in place of training")
+    profile: bool = knob(False, "trace three steps and name the costliest operations, in place of training")
 
     def __post_init__(self):
         for name, wanted, is_met in self._rules():
@@ -121,7 +124,8 @@ RECIPES = {
               "--seq_len 2048 --micro_batch 8 --eval_every 1000 --eval_tokens 262144 --ramp_from 0.25",
 }
 # Knobs that may differ when a run is resumed: they change where and how it is computed, not what.
-FREE_ON_RESUME = {"resume", "overwrite", "out", "device", "impl", "recompute", "micro_batch", "keep"}
+FREE_ON_RESUME = {"resume", "overwrite", "out", "device", "impl", "recompute", "micro_batch", "keep", "bench",
+                  "profile"}
 
 
 def model_changes(settings: list[str]) -> dict:
@@ -816,6 +820,109 @@ def opening(tokens: list[int], tokenizer, length: int = 12) -> list[int]:
     return head[: head.index(assistant) + 1] if assistant in head else head[:length]
 
 
+# ------------------------------------------------------------------------------------------- measuring
+
+
+def random_run(config: TrainConfig, world: Dist):
+    """Model, optimizer and random tokens and targets (n, T) of one step, for `bench` and `profile`."""
+    model = build_model(config, load_tokenizer(config.tokenizer), world).train()
+    shape = (config.tokens_per_step // config.seq_len // world.world_size, config.seq_len + 1)
+    text = torch.randint(0, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(config.seed))
+    tokens, targets = text[:, :-1].contiguous().to(world.device), text[:, 1:].contiguous().to(world.device)
+    _, reason = choose_precision(config.precision, model, tokens[: config.micro_batch], config.impl, world)
+    print(f"model       {config.preset}, {config.tokens_per_step:,} random tokens a step, {torch.get_num_threads()} "
+          f"threads\nprecision   {reason}\nkernels     {'; '.join([config.impl, *model.ops.reasons])}")
+    return model, make_optimizer(model, config.lr), tokens, targets
+
+
+def timed_step(loss_of, optimizer, tokens, targets, micro_batch: int) -> list[float]:
+    """Seconds forward, backward and in the optimizer of one step, and the loss."""
+    clock, took, total = [], [0.0, 0.0, 0.0], 0.0
+
+    def lap():
+        if tokens.is_cuda:
+            torch.cuda.synchronize()
+        clock.append(time.perf_counter())
+        return clock[-1] - clock[-2] if len(clock) > 1 else 0.0
+
+    lap()
+    for x, y in zip(tokens.split(micro_batch), targets.split(micro_batch)):
+        loss = loss_of(x, y) * (len(x) / len(tokens))
+        took[0] += lap()
+        loss.backward()
+        took[1] += lap()
+        total += loss.detach()
+    optimizer.step()
+    optimizer.zero_grad()
+    took[2] = lap()
+    return [*took, float(total)]
+
+
+def transformers_twin(model: Transformer):
+    """transformers' DeepseekV3 with the weights of `model`. Raises ImportError where it is not installed."""
+    from tempfile import TemporaryDirectory
+
+    from transformers import DeepseekV3ForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with TemporaryDirectory() as folder:
+        save_pretrained(model, folder)
+        return DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).train().to(model.lm_head.weight.device)
+
+
+def bench(config: TrainConfig, world: Dist, rounds: int = 5) -> None:
+    """Print the step of our model, and beside it, in turn, that of transformers on the same weights and batch."""
+    model, optimizer, tokens, targets = random_run(config, world)
+    dtype, vocab = model.compute_dtype, model.config.vocab_size
+    flops = flops_per_token(model.config, config.seq_len) * tokens.numel()
+    ceiling = matmul_ceiling(dtype, world.device)
+
+    def theirs(x, y):
+        torch.set_float32_matmul_precision("highest")  # as it comes
+        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
+            logits = other(input_ids=x, use_cache=False).logits  # (n, T, V)
+        return F.cross_entropy(logits.float().view(-1, vocab), y.flatten())
+
+    runs = {"plainseek": (lambda x, y: model(x, y, mtp=False)["ce"], optimizer),
+            "plainseek with MTP": (lambda x, y: sum(model(x, y).values()), optimizer)}
+    print(f"memory      {peak_memory(world.device)} at most, up to here")
+    try:
+        other = transformers_twin(model)
+        runs["transformers"] = (theirs, make_optimizer(other, config.lr))
+    except ImportError:
+        print("transformers is not installed: pip install transformers compares with it")
+    took = {name: [] for name in runs}
+    for _ in range(rounds + 1):  # the first round warms up
+        for name, (loss_of, its_optimizer) in runs.items():
+            took[name].append(timed_step(loss_of, its_optimizer, tokens, targets, config.micro_batch))
+    for name, rows in took.items():
+        forward, backward, step, _ = (sorted(column)[rounds // 2] for column in zip(*rows[1:]))
+        seconds = forward + backward + step
+        print(f"{name:20}{tokens.numel() / seconds:10,.0f} tokens/s  forward {1e3 * forward:.0f}, backward "
+              f"{1e3 * backward:.0f}, optimizer {1e3 * step:.0f} ms  {flops / seconds / 1e9:,.0f} GFLOP/s = "
+              f"{flops / seconds / ceiling:.0%} of {ceiling / 1e9:,.0f}, first loss {rows[0][-1]:.4f}")
+    print("MTP's work is not counted in GFLOP/s")
+
+
+def profile(config: TrainConfig, world: Dist) -> None:
+    """Trace three training steps into the run folder and print the fifteen costliest operations."""
+    model, optimizer, tokens, targets = random_run(config, world)
+    knobs = {"lr": config.lr, "mtp_loss_weight": config.mtp_loss_weight, "aux_loss_alpha": config.aux_loss_alpha,
+             "bias_update_speed": config.bias_update_speed, "micro_batch": config.micro_batch}
+    train_step(model, optimizer, tokens, targets, world, **knobs)
+    with torch.profiler.profile() as trace:
+        for _ in range(3):
+            train_step(model, optimizer, tokens, targets, world, **knobs)
+    path = Path(config.out) / config.name / "trace.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trace.export_chrome_trace(str(path))
+    order = "self_cuda_time_total" if tokens.is_cuda else "self_cpu_time_total"
+    print(trace.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
+    print(f"trace       {path} (open it in chrome://tracing or ui.perfetto.dev)")
+
+
 def pretrain(config: TrainConfig, world: Dist, flags: list[str]) -> None:
     """Train, and show the result; `flags` go into the command that continues a run which was stopped."""
     trainer = build_trainer(config, world)
@@ -833,6 +940,8 @@ def main(argv: list[str]) -> None:
     config = parse_flags(TrainConfig, shlex.split(RECIPES.get(preset, "")) + argv, __doc__)
     world = setup_distributed(config.device)
     try:
+        if config.bench or config.profile:
+            return bench(config, world) if config.bench else profile(config, world)
         pretrain(config, world, [flag for flag in argv if flag not in ("--resume", "--overwrite")])
     finally:
         world.close()

@@ -325,6 +325,51 @@ def test_latent_attention_gives_padding_no_weight():
         torch.testing.assert_close(attend(q, q_pe, dirty, positions, scale), clean)
 
 
+def test_shapes_are_those_of_the_presets():
+    from model import Config
+
+    names = {"C": "hidden_size", "H": "num_attention_heads", "D": "qk_nope_head_dim", "P": "qk_rope_head_dim",
+             "Dv": "v_head_dim", "R": "kv_lora_rank", "E": "n_routed_experts", "K": "num_experts_per_tok",
+             "F": "moe_intermediate_size", "V": "vocab_size"}
+    for preset, shape in kernels.SHAPES.items():
+        config = Config.preset(preset)
+        assert {k: v for k, v in shape.items() if k in names} == {k: getattr(config, v) for k, v in names.items()}
+
+
+def test_the_table_names_every_operation_with_two_twins(capsys, monkeypatch):
+    small = dict(B=2, T=8, C=16, H=2, D=4, P=4, Dv=4, R=8, E=4, K=2, F=8, V=32)
+    monkeypatch.setitem(kernels.SHAPES, "tiny", small)
+    monkeypatch.setattr(kernels, "matmul_ceiling", lambda dtype: 1e11)
+    for kind in ("fp32", "bf16"):
+        assert kernels.main(["tiny", kind]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines[4:]] == [n for n, op in OPS.items() if op.fused is not op.reference]
+    assert kernels.main(["tinny"]) == 2 and "wanted: python kernels.py" in capsys.readouterr().err
+    torch.set_float32_matmul_precision("highest")
+
+
+def test_kept_bytes_are_counted():
+    x = torch.randn(100, 10, requires_grad=True)
+    assert kernels.measure(lambda x: x.exp(), (x,))[3] == 4000  # exp keeps its result
+    assert kernels.measure(lambda x: x.square(), (x,))[3] == 0  # square its input
+
+
+def test_bench_and_profile(tmp_path, capsys, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "matmul_ceiling", lambda *_: 1e11)
+    config = train.TrainConfig(out=str(tmp_path), tokens_per_step=64, seq_len=16, micro_batch=2, precision="fp32",
+                               set=["hidden_size=32", "num_hidden_layers=2", "moe_intermediate_size=16"])
+    train.bench(config, train.Dist(), rounds=1)
+    lines = {line[:20].strip(): line for line in capsys.readouterr().out.splitlines()}
+    if "transformers" in lines:
+        ours, theirs = (float(lines[name].split("first loss ")[1]) for name in ("plainseek", "transformers"))
+        assert abs(ours - theirs) < 2e-3  # the same weights and batch
+    train.profile(config, train.Dist())
+    assert "aten::mm" in capsys.readouterr().out and (tmp_path / "base" / "trace.json").stat().st_size > 1000
+    torch.set_float32_matmul_precision("highest")
+
+
 def test_select_knows_two_sides():
     assert select("fused").expert_ffn is OPS["expert_ffn"].fused
     assert select("reference").rms_norm is OPS["rms_norm"].reference
