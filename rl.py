@@ -943,14 +943,15 @@ class Recipe:
                 aside.write_text("\n".join(lines) + "\n")
 
     def clean_traces(self, tasks: list[Task], count: int) -> list[tuple[str, str]]:
-        """Long, clean answers in tags, written by the tasks themselves: the longer half of twice as many."""
-        rng = random.Random(f"traces {self.config.seed}")
-        pairs = []
-        for _ in range(2 * count):
-            task = rng.choice(tasks)
-            problem = task.problem(rng)
-            pairs.append((problem.question, task.trace(problem, rng, style=clean_style(task), tagged=True)))
-        return sorted(pairs, key=lambda pair: len(pair[1]))[count:]
+        """Long, clean answers in tags, written by the tasks themselves: each the longer of two."""
+        rng, pairs = random.Random(f"traces {self.config.seed}"), []
+        for i in range(count):
+            task = tasks[i % len(tasks)]
+            two = [(problem, task.trace(problem, rng, style=clean_style(task), tagged=True))
+                   for problem in (task.problem(rng), task.problem(rng))]
+            problem, trace = max(two, key=lambda pair: len(pair[1]))
+            pairs.append((problem.question, trace))
+        return pairs
 
     def good_samples(self, path: Path, tasks: list[Task], count: int) -> list[tuple[str, str]]:
         """Rejection sampling: what this checkpoint answers correctly and readably, at most one per question and

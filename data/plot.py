@@ -149,7 +149,7 @@ def rl_figure(path: Path, rows: list[dict], styles: list[str]) -> None:
         return [float(row[name] or "nan") for row in rows]
 
     steps = column("step")
-    with picture(path, "Reinforcement learning: thinking longer because it pays", (13, 7)) as figure:
+    with picture(path, "Reinforcement learning", (13, 7)) as figure:
         axes = figure.subplots(2, 3).flatten()
         for name, color in zip(("accuracy", "format", "reward"), COLORS):
             axes[0].plot(steps, column(name), color=color, label=name)
@@ -158,10 +158,10 @@ def rl_figure(path: Path, rows: list[dict], styles: list[str]) -> None:
             x, y, e = zip(*held_out)
             axes[0].errorbar(x, y, e, fmt="o", color=COLORS[0], label="accuracy, held out", markersize=4)
         axes[0].set(title="accuracy, format, reward", ylim=(0, 1.13))
-        axes[0].legend(loc="lower right")
+        axes[0].legend(loc="best", frameon=True, facecolor="white", framealpha=0.85, edgecolor="none")
         axes[1].fill_between(steps, column("length_q1"), column("length_q3"), color="#a9c6e4", linewidth=0)
         axes[1].plot(steps, column("length"), color=COLORS[0])
-        axes[1].set(title="length of an answer in tokens: mean and quartiles", ylim=(0, None))
+        axes[1].set(title="answer length in tokens, quartiles", ylim=(0, None))
         shares = {name: column("style_" + name) for name in styles}
         shares = {name: share for name, share in shares.items() if max(share) > 0}
         axes[2].stackplot(steps, list(shares.values()), labels=list(shares), colors=COLORS)

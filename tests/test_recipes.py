@@ -19,7 +19,7 @@ from rl import Examples, Recipe, RLConfig, clean_forms, is_readable
 from train import Dist
 
 sys.path.append(str(Path(__file__).parent))
-QUICK = SHORT | dict(task="toy:Same,toy:Other", steps=2, sft_steps=40, sft_lr=1e-2, max_new_tokens=30,
+QUICK = SHORT | dict(task="toy:Same,toy:Other", steps=2, sft_steps=60, sft_lr=1e-2, max_new_tokens=30,
                      name="r1", recipe="r1")
 
 
@@ -141,3 +141,18 @@ def test_flags_of_recipes_are_knobs_that_exist():
     from sample import parse_flags
     for name, flags in rl.RECIPES.items():
         assert parse_flags(RLConfig, shlex.split(flags), "").name == (name or "rl")
+
+
+def test_quality_takes_what_keep_left_and_draws_a_picture(base, tmp_path, python):  # noqa: F811
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("A small boat on the wide sea.\n\n" * 3000)
+    flags = shlex.split("--data text --steps 4 --tokens_per_step 64 --seq_len 32 --keep 0.25 0.5 --precision fp32")
+    done = python("train.py", *flags, "--device", "cpu", "--set", "hidden_size=32", "num_hidden_layers=2")
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "out" / "base"
+    assert sorted(path.name for path in run.glob("at-*")) == ["at-025", "at-050"]
+    early, late = ((run / name / "model.safetensors").read_bytes() for name in ("at-025", "at-050"))
+    assert early != late != (run / "model.safetensors").read_bytes()
+    rl.recipe_quality(recipe(run, tmp_path / "out", name="quality", task="toy:Letters", steps=1, max_new_tokens=4))
+    assert (tmp_path / "out" / "quality.png").stat().st_size > 0
+    assert all(label in (tmp_path / "out" / "quality.txt").read_text() for label in ("25 %", "100 %", "050-2"))
