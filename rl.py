@@ -50,7 +50,7 @@ RECIPES = {  # the program of each, and knobs that fit it; a flag on the command
     "distill": "--name distill --steps 60 --eval_samples 8",
     "quality": "--name quality --steps 60 --eval_every 60 --eval_samples 8",
 }
-SFT_BATCH, SFT_LENGTH = 64, 128  # sequences of a step of supervised fine-tuning, and their tokens
+SFT_BATCH, SFT_LENGTH = 64, 96  # sequences of a step of supervised fine-tuning, and their tokens
 HARDER = {"chain": ("terms", (4, 6, 8, 10, 12)), "countdown": ("count", (2, 3, 4)), "findtwo": ("count", (4, 6, 8)),
           "compare": ("digits", (3, 4)), "multiply": ("digits", (2, 3)), "sort": ("count", (6, 8))}
 PATIENCE = 20  # steps without a single right answer or difference in reward before the run gives up
