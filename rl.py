@@ -102,8 +102,8 @@ class RLConfig:
     clip: float = knob(1.0, "largest norm of the gradient")
     train_router: bool = knob(False, "let the gradient move the routers' weights")
     bias_update_speed: float = knob(0.0, "step of the routing bias after every update; 0 leaves it as it is")
-    sft_steps: int = knob(60, "recipes: steps of supervised fine-tuning")
-    sft_lr: float = knob(1e-3, "recipes: its learning rate")
+    sft_steps: int = knob(120, "recipes: steps of supervised fine-tuning")
+    sft_lr: float = knob(1.5e-3, "recipes: its learning rate")
     micro_batch: int = knob(64, "answers of one forward pass on one rank; the rest is accumulated")
     eval_every: int = knob(25, "steps between evaluations; each one saves and redraws the pictures")
     eval_questions: int = knob(64, "held-out questions of an evaluation")
@@ -989,8 +989,8 @@ def recipe_r1(recipe: Recipe) -> None:
     reasoning, everything = recipe.config.task.split(",")[0], recipe.config.task
     recipe.exam("base", base)
     recipe.rl("0-zero", base, reasoning)  # R1-Zero: reinforcement learning on the base itself
-    # 2.3.1 a few hundred long, clean traces, so that RL starts from readable thoughts
-    started = recipe.sft("1-cold-start", base, lambda: recipe.clean_traces(tasks[:1], 300))
+    # 2.3.1 a thousand long, clean traces (R1: thousands), so that RL starts from readable thoughts
+    started = recipe.sft("1-cold-start", base, lambda: recipe.clean_traces(tasks[:1], 1000))
     # 2.3.2 reinforcement learning on reasoning; a task with languages rewards their consistency
     reasoner = recipe.rl("2-reasoning", started, reasoning)
     # 2.3.3 its correct and readable answers, other tasks' data and plain text teach the base anew
