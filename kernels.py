@@ -238,16 +238,22 @@ def latent_attention_reference(q_latent, q_pe, latent, positions, scale):
 def latent_attention_fused(q_latent, q_pe, latent, positions, scale):
     """The same as two products with the cache as it lies in memory: heads are queries of one shared key.
 
-    The weighted sum takes `k_pe` along, which is cheaper than to copy the latents away from it.
+    The weighted sum takes `k_pe` along, which is cheaper than to copy the latents away from it. Rows go in blocks
+    whose latents (2^18 numbers) are still in the processor's cache when the second product reads them.
     """
     B, T, H, R = q_latent.shape
-    S = latent.shape[1]
-    q = torch.cat((q_latent, q_pe), -1).mul_(scale).view(B, T * H, latent.shape[2])
-    slots = torch.arange(S, device=latent.device)
-    hidden = (slots > positions[:, :, None]).unsqueeze(2).expand(-1, -1, H, -1).reshape(B, T * H, S)
-    wide = torch.bmm(q, latent.transpose(1, 2)).to(at_least_float32(latent.dtype))  # (B, T*H, S)
-    weights = wide.masked_fill_(hidden, float("-inf")).softmax(-1).to(latent.dtype)
-    return torch.bmm(weights, latent)[..., :R].view(B, T, H, R)
+    S, width = latent.shape[1:]
+    q = torch.cat((q_latent, q_pe), -1).mul_(scale).view(B, T * H, width)
+    # no query lies before the first one: the keys up to it are hidden from nobody (a GPU is not asked, it would wait)
+    first = int(positions.min()) + 1 if latent.device.type == "cpu" and positions.numel() else 0
+    slots = torch.arange(first, S, device=latent.device)
+    size, out = max(1, (1 << 18) // (S * width)) if latent.device.type == "cpu" else max(1, B), []
+    for q_, latent_, positions_ in zip(q.split(size), latent.split(size), positions.split(size)):
+        scores = torch.bmm(q_, latent_.transpose(1, 2)).to(at_least_float32(latent.dtype))  # (n, T*H, S)
+        hidden = slots > positions_[:, :, None, None]  # (n, T, 1, S-first)
+        scores.unflatten(1, (T, H))[..., first:].masked_fill_(hidden, float("-inf"))
+        out.append(torch.bmm(scores.softmax(-1).to(latent.dtype), latent_))  # (n, T*H, R+P)
+    return torch.cat(out)[..., :R].view(B, T, H, R)
 
 
 # ---------------------------------------------------------------------------------------------- experts
