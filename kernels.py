@@ -119,12 +119,13 @@ def apply_rope_fused(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------- attention
 
 
-def causal_attention_reference(q_nope, q_pe, k_nope, k_pe, v, scale):
+def causal_attention_reference(q_nope, q_pe, k_nope, k_pe, v, scale, since=None):
     """Expanded latent attention of a sequence on itself (V3 eqs 9-10).
 
     `o_i = sum_{j<=t} softmax_j(scale * (q_nope_i . k_nope_j + q_pe_i . k_pe_j)) v_j`
 
-    q_nope, k_nope (B, T, H, D); q_pe (B, T, H, P); k_pe (B, T, P), one for all heads; v (B, T, H, Dv).
+    q_nope, k_nope (B, T, H, D); q_pe (B, T, H, P); k_pe (B, T, P), one for all heads; v (B, T, H, Dv);
+    since (B, T) int64, where given: the first token that each one sees, the beginning of its document.
     Returns (B, T, H, Dv).
     """
     T = q_nope.shape[1]
@@ -132,7 +133,14 @@ def causal_attention_reference(q_nope, q_pe, k_nope, k_pe, v, scale):
     scores = (scores + torch.einsum("bthp,bsp->bhts", q_pe, k_pe)) * scale
     future = torch.ones(T, T, dtype=torch.bool, device=v.device).triu(1)  # (T, T)
     scores = scores.to(at_least_float32(v.dtype)).masked_fill(future, float("-inf"))
+    if since is not None:
+        scores = scores.masked_fill(before(since, T).unsqueeze(1), float("-inf"))
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1).to(v.dtype), v)
+
+
+def before(since: Tensor, keys: int) -> Tensor:
+    """Which of the first `keys` tokens lie before `since` (B, T), and are not seen: (B, T, keys) bool."""
+    return torch.arange(keys, device=since.device) < since.unsqueeze(-1)
 
 
 class _TiledAttention(torch.autograd.Function):
@@ -157,7 +165,7 @@ class _TiledAttention(torch.autograd.Function):
         return [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v[rows])]
 
     @staticmethod
-    def tiles(q, k):
+    def tiles(q, k, since):
         """Yields (queries, keys, weights): two slices and softmax(q k^T) between them, (rows*H, n, keys)."""
         T, n = q.shape[1], min(q.shape[1], _TiledAttention.TILE)
         future = torch.full((n, n), float("-inf"), dtype=q.dtype).triu_(1)
@@ -166,17 +174,20 @@ class _TiledAttention(torch.autograd.Function):
             scores = torch.bmm(q[:, queries], k[:, keys].transpose(1, 2))
             size = scores.shape[1]
             scores[:, :, start:] += future[:size, :size]
+            if since is not None:
+                hidden = before(since[:, queries], keys.stop).unsqueeze(1)  # (rows, 1, n, keys)
+                scores.unflatten(0, (len(since), -1)).masked_fill_(hidden, float("-inf"))
             yield queries, keys, scores.softmax(-1)
 
     @staticmethod
-    def forward(ctx, q_nope, q_pe, k_nope, k_pe, v, scale):
+    def forward(ctx, q_nope, q_pe, k_nope, k_pe, v, scale, since):
         ctx.save_for_backward(q_nope, q_pe, k_nope, k_pe, v)
-        ctx.scale = scale
+        ctx.scale, ctx.since = scale, since
         B, T, H, Dv = v.shape
         out = torch.empty(B, T, H, Dv, dtype=v.dtype)
         for rows in _TiledAttention.blocks(v):
             q, k, values = _TiledAttention.packed(rows, q_nope, q_pe, k_nope, k_pe, v, scale)
-            for queries, keys, weights in _TiledAttention.tiles(q, k):
+            for queries, keys, weights in _TiledAttention.tiles(q, k, None if since is None else since[rows]):
                 o = torch.bmm(weights, values[:, keys])  # (rows*H, n, Dv)
                 out[rows, queries] = o.unflatten(0, (-1, H)).transpose(1, 2)
         return out
@@ -191,7 +202,7 @@ class _TiledAttention(torch.autograd.Function):
             d_out = grad[rows].transpose(1, 2).flatten(0, 1)  # (rows*H, T, Dv)
             d_q, d_k = torch.empty_like(q), torch.zeros_like(k, dtype=at_least_float32(k.dtype))
             d_values = torch.zeros_like(values, dtype=d_k.dtype)
-            for queries, keys, weights in _TiledAttention.tiles(q, k):
+            for queries, keys, weights in _TiledAttention.tiles(q, k, None if ctx.since is None else ctx.since[rows]):
                 here = d_out[:, queries]  # (rows*H, n, Dv)
                 d_values[:, keys] += torch.bmm(weights.transpose(1, 2), here)
                 d_weights = torch.bmm(here, values[:, keys].transpose(1, 2))  # (rows*H, n, keys)
@@ -201,21 +212,24 @@ class _TiledAttention(torch.autograd.Function):
             d_q, d_k, d_values = (x.unflatten(0, (-1, H)).transpose(1, 2) for x in (d_q.mul_(ctx.scale), d_k, d_values))
             d_q_nope[rows], d_q_pe[rows], d_v[rows] = d_q[..., :D], d_q[..., D:], d_values
             d_k_nope[rows], d_k_pe[rows] = d_k[..., :D], d_k[..., D:].sum(2)
-        return *grads, None
+        return *grads, None, None
 
 
-def causal_attention_fused(q_nope, q_pe, k_nope, k_pe, v, scale):
+def causal_attention_fused(q_nope, q_pe, k_nope, k_pe, v, scale, since=None):
     """The same without ever storing T x T weights: own tiles on a CPU, torch's flash kernels elsewhere.
 
     Those want one head width, so that narrow values are padded with zeros.
     """
     if v.device.type == "cpu":
-        return _TiledAttention.apply(q_nope, q_pe, k_nope, k_pe, v, scale)
+        return _TiledAttention.apply(q_nope, q_pe, k_nope, k_pe, v, scale, since)
     H, Dv = v.shape[2:]
     q = torch.cat((q_nope, q_pe), -1).transpose(1, 2)  # (B, H, T, D+P)
     k = torch.cat((k_nope, k_pe.unsqueeze(2).expand(-1, -1, H, -1)), -1).transpose(1, 2)
     padded = F.pad(v, (0, max(0, q.shape[-1] - Dv))).transpose(1, 2)  # (B, H, T, D+P)
-    out = F.scaled_dot_product_attention(q, k, padded, is_causal=True, scale=scale)
+    T, seen = q.shape[2], None
+    if since is not None:  # (B, 1, T, T)
+        seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril() & ~before(since, T).unsqueeze(1)
+    out = F.scaled_dot_product_attention(q, k, padded, seen, is_causal=seen is None, scale=scale)
     return out[..., :Dv].transpose(1, 2)  # (B, T, H, Dv)
 
 

@@ -374,6 +374,7 @@ class Pass:
     sin: Tensor
     positions: Tensor | None = None  # (B, T); None: the tokens see themselves only, position = index
     cache: Cache | None = None
+    since: Tensor | None = None  # (B, T) int64, the first token that each one sees; None: the first of the row
 
 
 # -------------------------------------------------------------------------------------------- attention
@@ -446,7 +447,7 @@ class Attention(nn.Module):
         c_kv, k_pe = latent.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         kv = self.kv_b_proj(c_kv).unflatten(-1, (config.num_attention_heads, -1))  # (B, T, H, D+Dv)
         k_nope, v = kv.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
-        return step.ops.causal_attention(q_nope, q_pe, k_nope, k_pe, v, self.scale)
+        return step.ops.causal_attention(q_nope, q_pe, k_nope, k_pe, v, self.scale, step.since)
 
     def absorbed(self, q_nope, q_pe, latent, step: Pass) -> Tensor:
         """`W_UK` moves into the query and `W_UV` behind the sum (V2 section 2.1.2); T queries on S latents."""
@@ -651,6 +652,7 @@ class Transformer(nn.Module):
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype = torch.float32  # of activations; the weights are cast in each product
         self.recompute = False  # store only block inputs in training and compute the rest again
+        self.isolate = False  # documents packed into one row, each behind its begin token, do not see each other
         self.routing: list[Tensor] = []  # topk_idx (B, T, K) of each MoE layer in the latest forward
         self.use_kernels(impl)
         if init:
@@ -750,8 +752,10 @@ class Transformer(nn.Module):
             if tokens.shape[1] <= k:
                 break  # too short to look k tokens ahead
             ahead = self.model.embed_tokens(tokens[:, k:]).to(h.dtype)  # (B, T-k, C) token i+k
-            short = replace(step, cos=step.cos[:, : ahead.shape[1]], sin=step.sin[:, : ahead.shape[1]])
-            h, routing = self._run(module, h[:, : ahead.shape[1]], ahead, short)
+            T = ahead.shape[1]
+            since = None if step.since is None else step.since[:, :T]
+            short = replace(step, cos=step.cos[:, :T], sin=step.sin[:, :T], since=since)
+            h, routing = self._run(module, h[:, :T], ahead, short)
             wanted = targets[:, k:]  # (B, T-k) token i+k+1
             mask = wanted != IGNORE
             losses.append(_reduce(self._nll(h, wanted), mask, "sum" if reduction == "sum" else "mean"))
@@ -771,7 +775,11 @@ class Transformer(nn.Module):
         angle = positions[:, :, None, None] * rope_frequencies(config, tokens.device)  # (., T, 1, P/2)
         size = yarn_mscale(config.rope_factor, config.rope_mscale)
         size = size / yarn_mscale(config.rope_factor, config.rope_mscale_all_dim)
-        return Pass(self.ops, angle.cos() * size, angle.sin() * size, None if cache is None else positions, cache)
+        since = None
+        if self.isolate and cache is None:
+            since = index.expand_as(tokens).where(tokens == config.bos_token_id, 0).cummax(1).values  # (B, T)
+        positions = None if cache is None else positions
+        return Pass(self.ops, angle.cos() * size, angle.sin() * size, positions, cache, since)
 
     def _check(self, tokens: Tensor, targets: Tensor | None, cache: Cache | None) -> None:
         used = 0 if cache is None else cache.longest

@@ -91,6 +91,7 @@ class TrainConfig:
     device: str = knob("auto", "auto, cpu, cuda or mps")
     precision: str = knob("auto", "of activations; auto: the faster of fp32, bf16", choices=("auto", "fp32", "bf16", "fp8"))
     impl: str = knob("fused", "twins of kernels.py", choices=("fused", "reference"))
+    isolate: bool = knob(True, "documents packed into one row do not see each other (V3: they do)")
     recompute: bool = knob(False, "keep block inputs only, compute activations again in the backward pass")
     bench: bool = knob(False, "time a step on random tokens, beside transformers' model, in place of training")
     profile: bool = knob(False, "trace three steps and name the costliest operations, in place of training")
@@ -707,7 +708,7 @@ def build_model(config: TrainConfig, tokenizer, world: Dist) -> Transformer:
                              ("seq_len", config.seq_len, "max_position_embeddings")):
         if got > getattr(model.config, limit):
             raise UserError(f"{name}: got {got}, the model's {limit} is {getattr(model.config, limit)}")
-    model.recompute = config.recompute
+    model.recompute, model.isolate = config.recompute, config.isolate
     return model.to(world.device)
 
 

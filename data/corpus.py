@@ -29,7 +29,7 @@ from data.tokenizer import Tokenizer
 HERE = Path(__file__).parent
 VAL_SHARE = 8  # of 256 hash values
 REASONING = {"chain": 110_000, "countdown": 3_000, "compare": 3_000}  # documents
-DRILLS = 0.25  # share of documents that are drills, for tasks that have them
+DRILLS = 0.10  # share of documents that are drills, for tasks that have them
 STORIES = 7_000  # documents
 CODE_CHARS, CODE_DOCUMENT = 1_500_000, 16_000
 SKIPPED = {"encodings", "lib2to3", "idle_test", "test", "tests", "site-packages", "dist-packages"}

@@ -203,7 +203,7 @@ class Chain(Task):
     """
 
     name = "chain"
-    styles = {"guess": 0.50, "skip": 0.25, "full": 0.13, "correction": 0.12}
+    styles = {"guess": 0.40, "skip": 0.15, "full": 0.30, "correction": 0.15}
 
     def make(self, rng, terms: int | None = None):
         digits = [str(rng.randrange(10)) for _ in range(terms or rng.randint(3, 8))]
@@ -233,8 +233,11 @@ class Chain(Task):
         return steps, str(value)
 
     def drill(self, rng):
-        steps = [f"{rng.randrange(10)}{rng.choice('+-*')}{rng.randrange(10)}" for _ in range(12)]
-        return ";".join(f"{step}={self.run(step)}" for step in steps)
+        if rng.random() < 0.5:  # the table, and where the next term stands in the question
+            steps = [f"{rng.randrange(10)}{rng.choice('+-*')}{rng.randrange(10)}" for _ in range(12)]
+            return ";".join(f"{step}={self.run(step)}" for step in steps)
+        problem = self.problem(rng)
+        return problem.question + ";".join(self.work(problem, "full", rng)[0])
 
     def style_of(self, completion):
         is_skip = re.search(r"[0-9][-+*][0-9][-+*][0-9](?:[-+*][0-9])?=", completion[:LONGEST])

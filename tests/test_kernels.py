@@ -37,6 +37,12 @@ def attention_inputs(B=2, T=150, H=3, D=6, P=4, Dv=5):
     return (*(torch.randn(shape) for shape in widths), 0.3)
 
 
+def isolated_inputs(B=2, T=150):
+    """Documents of random lengths, packed."""
+    starts = torch.where(torch.rand(B, T) < 0.1, torch.arange(T), 0)
+    return (*attention_inputs(B, T), starts.cummax(1).values)
+
+
 def linear_inputs(n=7, K=24, N=10):
     return (torch.randn(3, n, K), torch.randn(N, K), torch.randn(N))
 
@@ -63,7 +69,8 @@ CASES = {
     "rms_norm": [rms_norm_inputs(), rms_norm_inputs(1, 1), rms_norm_inputs(0, 4), rms_norm_inputs(2, 33)],
     "apply_rope": [rope_inputs(), rope_inputs(1, 1, 1, 2), rope_inputs(B=0), rope_inputs(rows=2)],
     "causal_attention": [attention_inputs(), attention_inputs(T=1), attention_inputs(B=0, T=3), attention_inputs(H=1),
-                         attention_inputs(1, 128), attention_inputs(T=5, D=3, P=2, Dv=9), attention_inputs(1, 300, 2)],
+                         attention_inputs(1, 128), attention_inputs(T=5, D=3, P=2, Dv=9), attention_inputs(1, 300, 2),
+                         isolated_inputs(), isolated_inputs(B=3, T=300), isolated_inputs(B=1, T=2)],
     "latent_attention": [latent_inputs(), latent_inputs(T=1), latent_inputs(1, 1, 1), latent_inputs(B=0),
                          latent_inputs(T=9), latent_inputs(H=1, R=3, P=2)],
     "expert_ffn": [expert_inputs(), expert_inputs(idle=3), expert_inputs(N=1), expert_inputs(N=0), expert_inputs(E=1, K=1),

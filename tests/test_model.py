@@ -231,6 +231,22 @@ def test_nothing_sees_the_future(impl):
     checks.nothing_sees_the_future(impl)
 
 
+@pytest.mark.parametrize("impl", ["reference", "fused"])
+def test_isolated_documents_in_one_row_are_those_alone(impl):
+    model = build(impl, dtype=torch.float64)
+    tokens = random_text(model.config, B=1, T=40)[0].clamp(min=2)
+    tokens[0, [0, 9, 23]] = model.config.bos_token_id  # three documents, the last one up to the end
+    targets = tokens.roll(-1, 1)
+    model.isolate = True
+    packed = model(tokens, targets, reduction="none")["ce"][0]
+    model.isolate = False
+    open_ = model(tokens, targets, reduction="none")["ce"][0]
+    for start, end in ((0, 9), (9, 23), (23, 40)):
+        alone = model(tokens[:, start:end], targets[:, start:end], reduction="none")["ce"][0]
+        torch.testing.assert_close(packed[start:end], alone, rtol=0, atol=1e-5)  # angles are float32
+    assert (open_ - packed)[9:].abs().max() > 1e-3  # without it, they do see each other
+
+
 def test_rows_of_a_batch_do_not_touch():
     checks.rows_do_not_touch()
 
