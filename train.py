@@ -797,21 +797,26 @@ def samples(trainer: Trainer, new_tokens: int = 64) -> dict[str, str]:
 
 
 def fitness(trainer: Trainer, questions: int = 200) -> str:
-    """What rl.py will find: how often a single step of a chain is right (greedy), and a whole answer (sampled)."""
-    task, rng, tokenizer, stop = load_task("chain"), random.Random(0), trainer.tokenizer, trainer.tokenizer.eos_id
-    problems, begun, results = [task.problem(rng, "test") for _ in range(questions)], [], []
-    for problem in problems:
-        text = prompt_text(problem.question) + task.trace(problem, rng, style="full", tagged=True)
-        cut = rng.choice([place.end() for place in re.finditer("=", text.partition("</think>")[0])][1:])
-        begun.append(tokenizer.encode_trusted(text[:cut]))  # up to the "=" of some step; the first one is the question's
-        results.append(tokenizer.encode(text[cut]))
-    steps = generate(trainer.model, begun, max_new_tokens=1, temperature=0)
-    right = sum(steps.completion(row) == result for row, result in enumerate(results))
-    whole = generate(trainer.model, [tokenizer.encode_trusted(prompt_text(problem.question)) for problem in problems],
-                     max_new_tokens=96, stop_ids=(stop,), seed=0)
-    solved = sum(task.reward(problem, tokenizer.decode(whole.completion(row)))["accuracy"]
-                 for row, problem in enumerate(problems))
-    return f"single steps right {right / questions:.0%}, whole answers {solved / questions:.0%}: python rl.py goes on from here"
+    """What rl.py will find: single steps and work once begun (greedy), and whole answers (sampled), shares right."""
+    task, rng, tokenizer = load_task("chain"), random.Random(0), trainer.tokenizer
+    problems = [task.problem(rng, "test") for _ in range(questions)]
+
+    def answers(begun: list[str], **sampling) -> list[str]:
+        prompts = [tokenizer.encode_trusted(prompt_text(p.question) + text) for p, text in zip(problems, begun)]
+        made = generate(trainer.model, prompts, stop_ids=[tokenizer.eos_id], seed=0, **sampling)
+        return [text + tokenizer.decode(made.completion(row)) for row, text in enumerate(begun)]
+
+    def solved(begun: list[str], **sampling) -> float:
+        rewards = [task.reward(p, text) for p, text in zip(problems, answers(begun, max_new_tokens=96, **sampling))]
+        return sum(reward["accuracy"] for reward in rewards) / questions
+
+    works = [task.trace(problem, rng, style="full", tagged=True) for problem in problems]
+    ends = [rng.choice([place.end() for place in re.finditer("=", work)]) for work in works]  # an "=", and its result
+    steps = answers([work[:end] for work, end in zip(works, ends)], max_new_tokens=1, temperature=0)
+    right = sum(step == work[: end + 1] for step, work, end in zip(steps, works, ends)) / questions
+    begun = solved([work[: work.find(";") + 1] for work in works], temperature=0)
+    return (f"right are {right:.0%} of single steps, {begun:.0%} of works once begun, {solved([''] * questions):.0%} of "
+            "whole answers; python rl.py goes on from here")
 
 
 def opening(tokens: list[int], tokenizer, length: int = 12) -> list[int]:
