@@ -105,7 +105,8 @@ def close(a, b, tolerance: float, what: str) -> float:
 
 
 def relative(a, b) -> float:
-    """Norm of the difference over the norm of `b`."""
+    """Norm of the difference over the norm of `b`; a gradient that is not there is a failure."""
+    assert a is not None and b is not None, "no gradient"
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 

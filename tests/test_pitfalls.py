@@ -227,7 +227,7 @@ def _(monkeypatch):
 def _(monkeypatch):
     original = kernels.causal_attention_reference
 
-    def backwards(q_nope, q_pe, k_nope, k_pe, v, scale):
+    def backwards(q_nope, q_pe, k_nope, k_pe, v, scale, since):
         return original(*(t.flip(1) for t in (q_nope, q_pe, k_nope, k_pe, v)), scale).flip(1)
 
     monkeypatch.setitem(kernels.OPS, "causal_attention", kernels.Op(backwards, backwards))
@@ -629,7 +629,7 @@ def _(monkeypatch):
 def _(monkeypatch):
     original = MTP.forward
 
-    def both_ways(q_nope, q_pe, k_nope, k_pe, v, scale):
+    def both_ways(q_nope, q_pe, k_nope, k_pe, v, scale, since):
         scores = torch.einsum("bthd,bshd->bhts", q_nope, k_nope) + torch.einsum("bthp,bsp->bhts", q_pe, k_pe)
         return torch.einsum("bhts,bshd->bthd", (scores * scale).softmax(-1), v)
 
