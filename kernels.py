@@ -638,7 +638,7 @@ def select(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = t
 
 # of the presets of model.py, which this file may not import; B rows of T tokens in training
 SHAPES = {
-    "tiny": dict(B=32, T=256, C=96, H=4, D=16, P=16, Dv=16, R=32, E=16, K=4, F=48, V=1024),
+    "tiny": dict(B=32, T=128, C=96, H=4, D=16, P=16, Dv=16, R=48, E=16, K=4, F=48, V=1024),
     "small": dict(B=4, T=1024, C=512, H=8, D=64, P=32, Dv=64, R=128, E=32, K=4, F=256, V=4096),
     "medium": dict(B=1, T=2048, C=1024, H=16, D=64, P=32, Dv=64, R=256, E=64, K=6, F=512, V=50304),
 }

@@ -211,7 +211,7 @@ _16B = {"hidden_size": 2048, "num_hidden_layers": 27, "num_attention_heads": 16,
 PRESETS = {
     "tiny": dict(vocab_size=1024, hidden_size=96, intermediate_size=256, moe_intermediate_size=48,
                  num_hidden_layers=4, num_attention_heads=4, n_routed_experts=16, num_experts_per_tok=4,
-                 n_group=4, topk_group=2, first_k_dense_replace=1, q_lora_rank=48, kv_lora_rank=32,
+                 n_group=4, topk_group=2, first_k_dense_replace=1, q_lora_rank=48, kv_lora_rank=48,
                  qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, max_position_embeddings=1024,
                  initializer_range=0.05),
     "small": dict(vocab_size=4096, hidden_size=512, intermediate_size=1408, moe_intermediate_size=256,
