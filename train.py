@@ -120,9 +120,9 @@ class TrainConfig:
 # Other training knobs that go with a preset; a flag on the command line still wins.
 RECIPES = {
     "small": "--data tinystories:400 --tokenizer plainseek --steps 6000 --tokens_per_step 65536 --lr 1e-3 "
-             "--seq_len 1024 --micro_batch 16 --eval_every 500 --eval_tokens 65536 --ramp_from 0.25",
+             "--seq_len 1024 --micro_batch 16 --eval_every 500 --eval_tokens 65536 --ramp_from 0.25 --no-isolate",
     "medium": "--data fineweb:20 --tokenizer gpt2 --steps 20000 --tokens_per_step 524288 --lr 5e-4 "
-              "--seq_len 2048 --micro_batch 8 --eval_every 1000 --eval_tokens 262144 --ramp_from 0.25",
+              "--seq_len 2048 --micro_batch 8 --eval_every 1000 --eval_tokens 262144 --ramp_from 0.25 --no-isolate",
 }
 # Knobs that may differ when a run is resumed: they change where and how it is computed, not what.
 FREE_ON_RESUME = {"resume", "overwrite", "out", "device", "impl", "recompute", "micro_batch", "keep", "bench",
