@@ -63,7 +63,7 @@ VARIANTS = {
     "dr_grpo": "--no-divide-by-std --aggregate constant --kl-beta 0",
     "dapo": "--clip-eps-high 0.28 --aggregate token --kl-beta 0 --resample 4 --overlong-tokens 16",
     "gspo": "--sequence-ratio --clip-eps 3e-4 --clip-eps-high 4e-4 --kl-beta 0",
-    "v3.2": "--no-divide-by-std --unbiased-kl --off-policy-delta 0.5 --keep-routing --keep-sampling-mask",
+    "v3.2": "--no-divide-by-std --unbiased-kl --off-policy-delta 0.5 --keep-sampling-mask",
 }
 
 
@@ -75,7 +75,7 @@ class RLConfig:
     task: str = knob("chain", "task, several with commas between, or module:Class for your own")
     variant: str = knob("grpo", "objective; sets the knobs that its paper changes", choices=tuple(VARIANTS))
     recipe: str = knob("", "several stages, each on top of the last", choices=tuple(RECIPES))
-    steps: int = knob(150, "rollouts, each followed by its updates")
+    steps: int = knob(100, "rollouts, each followed by its updates")
     questions: int = knob(16, "questions of one step, over all ranks (R1: 32)")
     group_size: int = knob(16, "answers sampled per question (R1: 16)")
     max_new_tokens: int = knob(96, "longest answer")
@@ -92,11 +92,11 @@ class RLConfig:
     sequence_ratio: bool = knob(False, "one ratio per answer (GSPO)")
     unbiased_kl: bool = knob(False, "weight the KL estimate by the ratio (V3.2 eq 7)")
     off_policy_delta: float | None = knob(None, "drop bad answers that drifted further, in nats (V3.2 eq 9)")
-    keep_routing: bool = knob(False, "update with the experts that the rollout chose (V3.2)")
+    keep_routing: bool = knob(True, "update with the experts that the rollout chose, ties or not (V3.2)")
     keep_sampling_mask: bool = knob(False, "update within the tokens left by top-k and top-p (V3.2)")
     resample: int = knob(0, "ask another question up to so often when a group is dead (DAPO)")
     overlong_tokens: int = knob(0, "answers are punished over the last so many tokens (DAPO)")
-    lr: float = knob(4e-4, "learning rate of AdamW, constant behind the warm-up")
+    lr: float = knob(1e-4, "learning rate of AdamW, constant behind the warm-up")
     warmup_steps: int = knob(10, "steps over which the learning rate rises")
     weight_decay: float = knob(0.0, "AdamW: decay of matrices")
     clip: float = knob(1.0, "largest norm of the gradient")
@@ -634,7 +634,7 @@ class RLTrainer:
                 if config.updates > 1:
                     micro.old_logps = score(self.model, micro, config.temperature)
                 if self.reference:
-                    micro.ref_logps = score(self.reference, micro, config.temperature)
+                    micro.ref_logps = score(self.reference, replace(micro, replay=None), config.temperature)
         scored = time.monotonic()
         values = first = self.update(micros, is_first=True)
         for _ in range(config.updates - 1):

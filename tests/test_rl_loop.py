@@ -184,7 +184,7 @@ def test_a_temperature_that_is_forgotten_in_the_scores_is_noticed(trainer, monke
 
 
 @pytest.mark.parametrize("knobs", [
-    {}, {"temperature": 0.7}, {"keep_routing": True}, {"top_p": 0.6, "keep_sampling_mask": True},
+    {}, {"temperature": 0.7}, {"keep_routing": False}, {"top_p": 0.6, "keep_sampling_mask": True},
     {"top_k": 50, "temperature": 1.3, "keep_sampling_mask": True, "keep_routing": True}], ids=str)
 def test_scores_are_the_samplers_log_probs(trainer, knobs):
     run = trainer(**knobs)
