@@ -98,22 +98,22 @@ def rms_norm_fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------- RoPE
 
 
-def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope_reference(x: Tensor, turn: Tensor) -> Tensor:
     """Rotate the adjacent pairs `(x0, x1), (x2, x3), ...` by their angles (RoFormer; V3 eqs 3 and 8).
 
-    x (..., P), cos and sin (..., P/2) in float32, broadcast against x. The checkpoints of DeepSeek are
-    written for adjacent pairs; a rotation of halves would need permuted weights.
+    x (..., P); turn (..., P/2) complex, `cos + i sin` of the angles, broadcast against x. The checkpoints of
+    DeepSeek are written for adjacent pairs; a rotation of halves would need permuted weights.
     """
+    cos, sin = turn.real, turn.imag
     even, odd = x[..., 0::2], x[..., 1::2]  # (..., P/2) each
     turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)  # (..., P/2, 2)
     return turned.flatten(-2).to(x.dtype)
 
 
-def apply_rope_fused(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rope_fused(x: Tensor, turn: Tensor) -> Tensor:
     """The same as one complex product: `(x0 + i x1) * (cos + i sin)`."""
     wide = x.to(at_least_float32(x.dtype)).unflatten(-1, (-1, 2)).contiguous()  # (..., P/2, 2)
-    turned = torch.view_as_complex(wide) * torch.complex(cos, sin).to(wide.dtype.to_complex())
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    return torch.view_as_real(torch.view_as_complex(wide) * turn).flatten(-2).to(x.dtype)
 
 
 # -------------------------------------------------------------------------------------------- attention
@@ -233,23 +233,23 @@ def causal_attention_fused(q_nope, q_pe, k_nope, k_pe, v, scale, since=None):
     return out[..., :Dv].transpose(1, 2)  # (B, T, H, Dv)
 
 
-def latent_attention_reference(q_latent, q_pe, latent, positions, scale):
+def latent_attention_reference(q_latent, q_pe, latent, hidden, scale):
     """Absorbed latent attention: every head reads the same cached latents (V2 section 2.1.2).
 
-    `z_i = sum_{s<=position} softmax_s(scale * (q_latent_i . c_s + q_pe_i . k_pe_s)) c_s`
+    `z_i = sum_{s not hidden} softmax_s(scale * (q_latent_i . c_s + q_pe_i . k_pe_s)) c_s`
 
     q_latent (B, T, H, R) is `W_UK^T q_nope`; q_pe (B, T, H, P); latent (B, S, R+P) holds `[c ; k_pe]`;
-    positions (B, T) int64. Returns (B, T, H, R); the caller applies `W_UV`.
+    hidden (B, T, n) bool: which of the last n keys lie after the query; all see the S - n before them.
+    Returns (B, T, H, R); the caller applies `W_UV`.
     """
     c_kv, k_pe = latent.split((q_latent.shape[-1], q_pe.shape[-1]), dim=-1)  # (B, S, R), (B, S, P)
     scores = torch.einsum("bthr,bsr->bths", q_latent, c_kv) + torch.einsum("bthp,bsp->bths", q_pe, k_pe)
-    slots = torch.arange(latent.shape[1], device=latent.device)  # (S,)
-    hidden = slots > positions[:, :, None, None]  # (B, T, 1, S): keys after the query
+    hidden = F.pad(hidden, (latent.shape[1] - hidden.shape[-1], 0)).unsqueeze(2)  # (B, T, 1, S)
     scores = (scores * scale).to(at_least_float32(latent.dtype)).masked_fill(hidden, float("-inf"))
     return torch.einsum("bths,bsr->bthr", scores.softmax(-1).to(latent.dtype), c_kv)
 
 
-def latent_attention_fused(q_latent, q_pe, latent, positions, scale):
+def latent_attention_fused(q_latent, q_pe, latent, hidden, scale):
     """The same as two products with the cache as it lies in memory: heads are queries of one shared key.
 
     The weighted sum takes `k_pe` along, which is cheaper than to copy the latents away from it. Rows go in blocks
@@ -258,15 +258,12 @@ def latent_attention_fused(q_latent, q_pe, latent, positions, scale):
     B, T, H, R = q_latent.shape
     S, width = latent.shape[1:]
     q = torch.cat((q_latent, q_pe), -1).mul_(scale).view(B, T * H, width)
-    # no query lies before the first one: the keys up to it are hidden from nobody (a GPU is not asked, it would wait)
-    first = int(positions.min()) + 1 if latent.device.type == "cpu" and positions.numel() else 0
-    slots = torch.arange(first, S, device=latent.device)
-    size, out = max(1, (1 << 18) // (S * width)) if latent.device.type == "cpu" else max(1, B), []
-    for q_, latent_, positions_ in zip(q.split(size), latent.split(size), positions.split(size)):
-        scores = torch.bmm(q_, latent_.transpose(1, 2)).to(at_least_float32(latent.dtype))  # (n, T*H, S)
-        hidden = slots > positions_[:, :, None, None]  # (n, T, 1, S-first)
-        scores.unflatten(1, (T, H))[..., first:].masked_fill_(hidden, float("-inf"))
-        out.append(torch.bmm(scores.softmax(-1).to(latent.dtype), latent_))  # (n, T*H, R+P)
+    size = max(1, (1 << 18) // (S * width) if latent.device.type == "cpu" else B)
+    out = []
+    for q_, latent_, hidden_ in zip(q.split(size), latent.split(size), hidden.split(size)):
+        scores = torch.bmm(q_, latent_.mT).to(at_least_float32(latent.dtype))  # (rows, T*H, S)
+        scores[..., S - hidden.shape[-1] :].unflatten(1, (T, H)).masked_fill_(hidden_.unsqueeze(2), float("-inf"))
+        out.append(torch.bmm(scores.softmax(-1).to(latent.dtype), latent_))  # (rows, T*H, R+P)
     return torch.cat(out)[..., :R].view(B, T, H, R)
 
 
@@ -360,29 +357,23 @@ class _ExpertFFN(torch.autograd.Function):
 
 def _expert_ffn_forward(u, gate_up, down, topk_idx, gates):
     """For decoding, where rows are few: only the chosen experts are visited, nothing is kept or rounded up."""
-    K = topk_idx.shape[1]
+    N, K = topk_idx.shape
     chosen = topk_idx.flatten().tolist()
-    order = sorted(range(len(chosen)), key=chosen.__getitem__)  # the pairs (token, k) by expert
-    pairs = torch.tensor(order, dtype=torch.int64)  # (N*K,)
-    token, weight = pairs // K, gates.flatten()[pairs].unsqueeze(1)  # (N*K,), (N*K, 1)
-    groups, start = [], 0
-    for expert in sorted(set(chosen)):
-        groups.append((expert, slice(start, start := start + chosen.count(expert))))
-    x = u[token]  # (N*K, C)
-    packed = x.new_empty(len(order), gate_up.shape[1])  # (N*K, 2F)
-    for expert, rows in groups:
-        torch.mm(x[rows], gate_up[expert].t(), out=packed[rows])
+    order = sorted(range(N * K), key=chosen.__getitem__)  # the pairs (token, k) by expert
+    experts = sorted(set(chosen))
+    sizes, pairs = [chosen.count(expert) for expert in experts], torch.tensor(order, dtype=torch.int64)
+    x = u[pairs // K].split(sizes)  # (n, C) of each expert
+    packed = torch.cat([F.linear(rows, gate_up[expert]) for rows, expert in zip(x, experts)])  # (N*K, 2F)
     gate, up = packed.chunk(2, dim=-1)  # (N*K, F)
-    hidden = F.silu(gate).mul_(up)
-    for expert, rows in groups:
-        torch.mm(hidden[rows], down[expert].t(), out=x[rows])
-    wide = weight.to(at_least_float32(u.dtype)) * x  # (N*K, C)
-    return torch.zeros(u.shape, dtype=wide.dtype).index_add_(0, token, wide).to(u.dtype)
+    hidden = F.silu(gate).mul_(up).split(sizes)
+    out = torch.cat([F.linear(rows, down[expert]) for rows, expert in zip(hidden, experts)])  # (N*K, C)
+    wide = torch.empty_like(out, dtype=gates.dtype).index_copy_(0, pairs, out.to(gates.dtype))  # as topk_idx has them
+    return torch.bmm(gates.unsqueeze(1), wide.view(N, K, -1)).squeeze(1).to(u.dtype)
 
 
 def expert_ffn_fused(u, gate_up, down, topk_idx, gates):
     """The same over sorted pairs, gate and up joined in one product, written as one autograd Function."""
-    if torch.is_grad_enabled() or topk_idx.numel() > 16 * len(gate_up):
+    if torch.is_grad_enabled() or not 0 < topk_idx.numel() <= 16 * len(gate_up):
         return _ExpertFFN.apply(u, gate_up, down, topk_idx, gates)
     return _expert_ffn_forward(u, gate_up, down, topk_idx, gates)
 
@@ -666,14 +657,15 @@ def matmul_ceiling(dtype: torch.dtype, device="cpu") -> float:
 def samples(s: dict, dtype: torch.dtype) -> dict[str, tuple[tuple, float]]:
     """Inputs of every operation at one shape, and the FLOPs of its products in the forward pass."""
     B, T, C, H, D, P, Dv, R, E, K, F_, V = s.values()
-    N, rows = B * T, torch.arange(s["T"])  # latent attention as in decoding: one new token on T cached ones
+    N = B * T
     make = lambda *shape: torch.randn(shape, dtype=dtype).div_(shape[-1] ** 0.5).requires_grad_()  # noqa: E731
-    angle = rows[:, None, None] * torch.rand(P // 2)  # (T, 1, P/2)
+    angle = torch.arange(T)[:, None, None] * torch.rand(P // 2)  # (T, 1, P/2)
     heads = (make(B, T, H, D), make(B, T, H, P), make(B, T, H, D), make(B, T, P), make(B, T, H, Dv), 1.0)
-    cached = (make(B, 1, H, R), make(B, 1, H, P), make(B, T, R + P), rows[-1].expand(B, 1), 1.0)
+    nothing = torch.zeros(B, 1, 0, dtype=torch.bool)  # latent attention as in decoding: one new token sees all T cached ones
+    cached = (make(B, 1, H, R), make(B, 1, H, P), make(B, T, R + P), nothing, 1.0)
     topk_idx, gates = torch.rand(N, E).topk(K).indices, torch.rand(N, K, requires_grad=True)
     return {"rms_norm": ((make(N, C), make(C), 1e-6), 0),
-            "apply_rope": ((make(B, T, H, P), angle.cos(), angle.sin()), 0),
+            "apply_rope": ((make(B, T, H, P), torch.polar(torch.ones_like(angle), angle)), 0),
             "causal_attention": (heads, B * H * T * T * (D + P + Dv)),
             "latent_attention": (cached, 2 * B * H * T * (2 * R + P)),
             "expert_ffn": ((make(N, C), make(E, 2 * F_, C), make(E, C, F_), topk_idx, gates), 6 * N * K * C * F_),

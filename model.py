@@ -323,7 +323,7 @@ class Cache:
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.buffer = torch.zeros(config.num_hidden_layers, batch, capacity, width, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.longest = 0  # max(length), kept on the host so that a step needs no synchronisation
+        self.longest = self.shortest = 0  # of length, kept on the host so that a step needs no synchronisation
 
     @property
     def capacity(self) -> int:
@@ -337,26 +337,38 @@ class Cache:
     def k_pe(self) -> Tensor:
         return self.buffer[..., self.rank :]
 
-    def write(self, layer: int, latent: Tensor, positions: Tensor) -> Tensor:
-        """Store latent (B, T, R+P) at positions (B, T); returns what is held, (B, S, R+P),
+    def shown(self, T: int) -> int:
+        """S, the keys that attention is given for T new tokens: up to the longest row and a little over."""
+        end = self.longest + T
+        return min(end + -end % self.ROUND, self.capacity)
 
-        up to the longest row and a little over: keys behind a query's position have no weight anyway.
-        """
-        end = self.longest + latent.shape[1]
-        rows = torch.arange(len(latent), device=latent.device).unsqueeze(1)  # (B, 1)
-        self.buffer[layer].index_put_((rows, positions), latent.to(self.buffer.dtype))
-        return self.buffer[layer, :, : end + -end % self.ROUND]
+    def places(self, positions: Tensor) -> Tensor:
+        """Where positions (B, T) lie when the rows of a layer follow each other, (B*T,)."""
+        rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)  # (B, 1)
+        return (rows * self.capacity + positions).flatten()
+
+    def write(self, layer: int, latent: Tensor, places: Tensor) -> Tensor:
+        """Store latent (B, T, R+P) at `places`; returns the keys shown, (B, S, R+P)."""
+        held = self.buffer[layer]  # (B, capacity, R+P)
+        held.flatten(0, 1).index_copy_(0, places, latent.flatten(0, 1).to(held.dtype))
+        return held[:, : self.shown(latent.shape[1])]
 
     def advance(self, tokens: int | Tensor) -> None:
         """Accept `tokens` more: one number for all rows, or (B,) for rows of unequal prompts."""
         self.length = self.length + tokens
-        self.longest = self.longest + tokens if isinstance(tokens, int) else int(self.length.max())
+        if isinstance(tokens, int):
+            self.longest, self.shortest = self.longest + tokens, self.shortest + tokens
+        else:
+            self._look()
+
+    def _look(self) -> None:
+        self.shortest, self.longest = (int(x) for x in self.length.aminmax()) if len(self.length) else (0, 0)
 
     def select(self, rows: Tensor) -> "Cache":
         """A cache of the given rows only, (n,) int64."""
         out = object.__new__(Cache)
         out.rank, out.buffer, out.length = self.rank, self.buffer[:, rows], self.length[rows]
-        out.longest = int(out.length.max()) if len(rows) else 0
+        out._look()
         return out
 
     def repeat_interleave(self, times: int) -> "Cache":
@@ -370,10 +382,10 @@ class Pass:
     """What all layers of one forward pass share."""
 
     ops: Kernels
-    cos: Tensor  # (1 or B, T, 1, P/2) float32
-    sin: Tensor
-    positions: Tensor | None = None  # (B, T); None: the tokens see themselves only, position = index
-    cache: Cache | None = None
+    turn: Tensor  # (1 or B, T, 1, P/2) complex64, what rope multiplies pairs with
+    cache: Cache | None = None  # None: the tokens see themselves only, position = index
+    places: Tensor | None = None  # (B*T,) int64, where the cache takes this call's latents
+    hidden: Tensor | None = None  # (B, T, n) bool: which of the last n keys each query does not see
     since: Tensor | None = None  # (B, T) int64, the first token that each one sees; None: the first of the row
 
 
@@ -414,7 +426,7 @@ class Attention(nn.Module):
         latent = self.latents(h, step)  # (B, T, R+P)
         is_alone = step.cache is None or step.cache.longest == 0  # no past: the keys are this call's own
         if step.cache is not None:
-            visible = step.cache.write(layer, latent, step.positions)  # (B, S, R+P)
+            visible = step.cache.write(layer, latent, step.places)  # (B, S, R+P)
             latent = latent if is_alone else visible.to(h.dtype)
         attend = self.expanded if is_alone else self.absorbed
         o = attend(q_nope, q_pe, latent, step)  # (B, T, H, Dv)
@@ -429,7 +441,7 @@ class Attention(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(h), step.ops))
         q = q.unflatten(-1, (config.num_attention_heads, -1))  # (B, T, H, D+P)
         q_nope, q_pe = q.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        return q_nope, step.ops.apply_rope(q_pe, step.cos, step.sin)
+        return q_nope, step.ops.apply_rope(q_pe, step.turn)
 
     def latents(self, h: Tensor, step: Pass) -> Tensor:
         """`[c_kv ; k_pe]` (V3 eqs 1 and 3), (B, T, R+P): the latent normed, the shared key rotated.
@@ -438,7 +450,7 @@ class Attention(nn.Module):
         """
         ranks = (self.config.kv_lora_rank, self.config.qk_rope_head_dim)
         c_kv, k_pe = self.kv_a_proj_with_mqa(h).split(ranks, dim=-1)  # (B, T, R), (B, T, P)
-        k_pe = step.ops.apply_rope(k_pe.unsqueeze(2), step.cos, step.sin).squeeze(2)
+        k_pe = step.ops.apply_rope(k_pe.unsqueeze(2), step.turn).squeeze(2)
         return torch.cat((self.kv_a_layernorm(c_kv, step.ops), k_pe), dim=-1)
 
     def expanded(self, q_nope, q_pe, latent, step: Pass) -> Tensor:
@@ -454,12 +466,15 @@ class Attention(nn.Module):
         config = self.config
         weight = self.kv_b_proj.weight.to(latent.dtype).unflatten(0, (config.num_attention_heads, -1))
         w_uk, w_uv = weight.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)  # (H, D, R), (H, Dv, R)
-        q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w_uk)  # (B, T, H, R)
-        positions = step.positions
-        if positions is None:
-            positions = torch.arange(q_nope.shape[1], device=q_nope.device).expand(q_nope.shape[:2])  # (B, T)
-        z = step.ops.latent_attention(q_latent, q_pe, latent, positions, self.scale)  # (B, T, H, R)
-        return torch.einsum("bthr,hvr->bthv", z, w_uv)
+        q_latent = per_head(q_nope, w_uk)  # (B, T, H, R)
+        z = step.ops.latent_attention(q_latent, q_pe, latent, step.hidden, self.scale)  # (B, T, H, R)
+        return per_head(z, w_uv.mT)
+
+
+def per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Each head by its own matrix: x (B, T, H, i), weight (H, i, o) -> (B, T, H, o)."""
+    y = torch.bmm(x.flatten(0, 1).transpose(0, 1), weight)  # (H, B*T, o)
+    return y.transpose(0, 1).unflatten(0, x.shape[:2])
 
 
 # ------------------------------------------------------------------------------------ mixture of experts
@@ -676,6 +691,7 @@ class Transformer(nn.Module):
         """
         widths = (self.config.hidden_size, self.config.moe_intermediate_size)
         self.ops = select(impl, self.lm_head.weight.device, self.compute_dtype, fp8=fp8, widths=widths)
+        self.frequencies = rope_frequencies(self.config, self.lm_head.weight.device)
         for name, module in self.named_modules():
             if isinstance(module, Linear) and not name.endswith(("lm_head", "eh_proj")):
                 module.product = self.ops.linear
@@ -754,7 +770,7 @@ class Transformer(nn.Module):
             ahead = self.model.embed_tokens(tokens[:, k:]).to(h.dtype)  # (B, T-k, C) token i+k
             T = ahead.shape[1]
             since = None if step.since is None else step.since[:, :T]
-            short = replace(step, cos=step.cos[:, :T], sin=step.sin[:, :T], since=since)
+            short = replace(step, turn=step.turn[:, :T], since=since)
             h, routing = self._run(module, h[:, :T], ahead, short)
             wanted = targets[:, k:]  # (B, T-k) token i+k+1
             mask = wanted != IGNORE
@@ -769,17 +785,23 @@ class Transformer(nn.Module):
         return nll.view_as(targets)
 
     def _new_pass(self, tokens: Tensor, cache: Cache | None) -> Pass:
-        index = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)  # (1, T)
+        T = tokens.shape[1]
+        index = torch.arange(T, device=tokens.device).unsqueeze(0)  # (1, T)
         positions = index if cache is None else index + cache.length.unsqueeze(1)  # (1 or B, T)
+        angle = positions[:, :, None, None] * self.frequencies.to(tokens.device)  # (., T, 1, P/2)
         config = self.config
-        angle = positions[:, :, None, None] * rope_frequencies(config, tokens.device)  # (., T, 1, P/2)
         size = yarn_mscale(config.rope_factor, config.rope_mscale)
         size = size / yarn_mscale(config.rope_factor, config.rope_mscale_all_dim)
-        since = None
+        step = Pass(self.ops, torch.polar(torch.full_like(angle, size), angle), cache)
+        if cache is not None:
+            step.places = cache.places(positions)
+        if cache is not None and cache.longest:
+            # up to the first query of the shortest row nobody's future begins: no need to look there
+            late = torch.arange(cache.shortest + 1, cache.shown(T), device=tokens.device)  # (n,)
+            step.hidden = late > positions.unsqueeze(-1)
         if self.isolate and cache is None:
-            since = index.expand_as(tokens).where(tokens == config.bos_token_id, 0).cummax(1).values  # (B, T)
-        positions = None if cache is None else positions
-        return Pass(self.ops, angle.cos() * size, angle.sin() * size, positions, cache, since)
+            step.since = index.expand_as(tokens).where(tokens == config.bos_token_id, 0).cummax(1).values  # (B, T)
+        return step
 
     def _check(self, tokens: Tensor, targets: Tensor | None, cache: Cache | None) -> None:
         used = 0 if cache is None else cache.longest
@@ -796,9 +818,9 @@ class Transformer(nn.Module):
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if len(wrong):
-        raise UserError(f"token id {wrong[0]}: the model's vocabulary is 0 to {vocab_size - 1} "
+    low, high = (int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
+    if low < 0 or high >= vocab_size:
+        raise UserError(f"token id {low if low < 0 else high}: the model's vocabulary is 0 to {vocab_size - 1} "
                         f"(vocab_size {vocab_size}); the text comes from another tokenizer")
 
 

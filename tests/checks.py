@@ -213,6 +213,7 @@ def absorbed_equals_expanded(impl="reference", dtype=torch.float32, **changes):
     attention: Attention = model.model.layers[0].self_attn
     tokens, _ = random_text(model.config, T=50)
     step = model._new_pass(tokens, None)
+    step.hidden = torch.ones(2, 50, 50, dtype=torch.bool).triu(1)
     h = torch.randn(2, 50, model.config.hidden_size, dtype=dtype)
     q_nope, q_pe = attention.queries(h, step)
     latent = attention.latents(h, step)

@@ -70,7 +70,7 @@ def _(monkeypatch):
     def latents(self, h, step):
         c_kv, k_pe = self.kv_a_proj_with_mqa(h).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
         k_pe = F.rms_norm(k_pe, k_pe.shape[-1:], eps=1e-6)
-        k_pe = step.ops.apply_rope(k_pe.unsqueeze(2), step.cos, step.sin).squeeze(2)
+        k_pe = step.ops.apply_rope(k_pe.unsqueeze(2), step.turn).squeeze(2)
         return torch.cat((self.kv_a_layernorm(c_kv, step.ops), k_pe), dim=-1)
 
     monkeypatch.setattr(Attention, "latents", latents)
@@ -101,8 +101,8 @@ def set_rope(monkeypatch, broken):
 
 @mistake("RoPE rotates halves instead of adjacent pairs", PARITY)
 def _(monkeypatch):
-    def halves(x, cos, sin):
-        one, two = x.chunk(2, dim=-1)
+    def halves(x, turn):
+        (one, two), cos, sin = x.chunk(2, dim=-1), turn.real, turn.imag
         return torch.cat((one * cos - two * sin, two * cos + one * sin), dim=-1).to(x.dtype)
 
     set_rope(monkeypatch, halves)
@@ -117,7 +117,7 @@ def _(monkeypatch):
         c_kv = latent[..., : self.config.kv_lora_rank]
         weight = self.kv_b_proj.weight.unflatten(0, (self.config.num_attention_heads, -1))[:, : q_nope.shape[-1]]
         keys = torch.einsum("bsr,hdr->bshd", c_kv, weight)
-        extra = step.ops.apply_rope(keys, step.cos, step.sin) - keys
+        extra = step.ops.apply_rope(keys, step.turn) - keys
         kernel = step.ops.causal_attention
         ops = step.ops._replace(causal_attention=lambda q, qp, k, *rest: kernel(q, qp, k + extra, *rest))
         return original(self, q_nope, q_pe, latent, ours.replace(step, ops=ops))
@@ -171,7 +171,7 @@ def _(monkeypatch):
 
     def new_pass(self, tokens, cache):
         step, size = original(self, tokens, cache), ours.yarn_mscale(self.config.rope_factor, 1.0)
-        return ours.replace(step, cos=step.cos * size, sin=step.sin * size)
+        return ours.replace(step, turn=step.turn * size)
 
     monkeypatch.setattr(Transformer, "_new_pass", new_pass)
 
@@ -204,8 +204,9 @@ def _(monkeypatch):
 def _(monkeypatch):
     original = kernels.latent_attention_reference
 
-    def square_mask(q_latent, q_pe, latent, positions, scale):
-        return original(q_latent, q_pe, latent, positions - positions[:, :1], scale)
+    def square_mask(q_latent, q_pe, latent, hidden, scale):
+        later = torch.ones(q_latent.shape[1], latent.shape[1], dtype=torch.bool).triu(1)
+        return original(q_latent, q_pe, latent, later.expand(len(latent), -1, -1), scale)
 
     monkeypatch.setitem(kernels.OPS, "latent_attention", kernels.Op(square_mask, square_mask))
 
