@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kernels
 import model as ours
-from model import MTP, Attention, Cache, Experts, MoE, RMSNorm, Router, Routing, Transformer, save_pretrained
+from model import MTP, Attention, Cache, Experts, MoE, Router, Routing, Transformer, save_pretrained
 
 MISTAKES: dict[str, "Mistake"] = {}
 
@@ -78,10 +78,11 @@ def _(monkeypatch):
 
 @mistake("the latent is cached and used without its norm", PARITY)
 def _(monkeypatch):
-    def forward(self, x, ops):
-        return x if self.weight.numel() == 32 else ops.rms_norm(x, self.weight, self.eps)  # R = 32
+    def latents(self, h, step):
+        c_kv, k_pe = self.kv_a_proj_with_mqa(h).split((self.config.kv_lora_rank, self.config.qk_rope_head_dim), -1)
+        return torch.cat((c_kv, step.ops.apply_rope(k_pe.unsqueeze(2), step.turn).squeeze(2)), dim=-1)
 
-    monkeypatch.setattr(RMSNorm, "forward", forward)
+    monkeypatch.setattr(Attention, "latents", latents)
 
 
 @mistake("the latent norms use rms_norm_eps", check(checks.logits_equal_transformers, **checks.ARCHITECTURES["moonlight"]))
