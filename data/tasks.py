@@ -234,10 +234,14 @@ class Chain(Task):
 
     def drill(self, rng):
         if rng.random() < 0.5:  # the table, and where the next term stands in the question
-            steps = [f"{rng.randrange(10)}{rng.choice('+-*')}{rng.randrange(10)}" for _ in range(12)]
-            return ";".join(f"{step}={self.run(step)}" for step in steps)
+            return ";".join(self.single_steps(rng))
         problem = self.problem(rng)
         return problem.question + ";".join(self.work(problem, "full", rng)[0])
+
+    def single_steps(self, rng: random.Random) -> list[str]:
+        """Twelve entries of the table, such as `4-6=8`."""
+        steps = [f"{rng.randrange(10)}{rng.choice('+-*')}{rng.randrange(10)}" for _ in range(12)]
+        return [f"{step}={self.run(step)}" for step in steps]
 
     def style_of(self, completion):
         is_skip = re.search(r"[0-9][-+*][0-9][-+*][0-9](?:[-+*][0-9])?=", completion[:LONGEST])
@@ -445,7 +449,11 @@ class TwoLanguages(Chain):
         return " ".join(rng.choice(languages)["0123456789+-*=".index(sign)] for sign in step)
 
     def drill(self, rng):
-        return ";".join(self.spell(step, rng.choice(list(self.words)), rng) for step in super().drill(rng).split(";"))
+        language = rng.choice(list(self.words))
+        if rng.random() < 0.5:
+            return ";".join(self.spell(step, language, rng) for step in self.single_steps(rng))
+        problem = self.problem(rng)
+        return problem.question + ";".join(self.work(problem, language, rng)[0])
 
     def reward(self, problem, completion):
         """Also `language`: words of English over all words of the thinking."""
