@@ -84,7 +84,7 @@ class TrainConfig:
     aux_loss_alpha: float = knob(1e-4, "weight of the sequence-wise balance loss")
     bias_update_speed: float = knob(1e-3, "step of the routing bias after every optimizer step")
     bias_until: float = knob(0.97, "fraction after which the bias stays (V3: 14.3T of 14.8T tokens)")
-    eval_every: int = knob(200, "steps between evaluations; each one saves and redraws the pictures")
+    eval_every: int = knob(100, "steps between evaluations; each one saves and redraws the pictures")
     eval_tokens: int = knob(8192, "tokens per evaluation and domain, of validation and of training text each")
     keep: list[float] = knob([], "fractions of the run at which the weights are kept, in at-010 and so on")
     seed: int = knob(0, "seed of weights and data order")
