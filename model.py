@@ -1015,10 +1015,11 @@ def flops_per_token(config: Config, T: int) -> float:
 
 
 def cache_numbers(config: Config) -> dict[str, int]:
-    """Numbers cached per token: MLA, and what MHA and GQA with 8 groups of the same heads would need."""
+    """Numbers cached per token: MLA, and what MHA and GQA with (at most) 8 groups of the same heads would need."""
     L, H, D = config.num_hidden_layers, config.num_attention_heads, config.qk_nope_head_dim
+    groups = max(1, min(8, H // 2))
     return {"MLA": (config.kv_lora_rank + config.qk_rope_head_dim) * L,
-            "GQA, 8 groups": 2 * min(8, H) * D * L, "MHA": 2 * H * D * L}
+            f"GQA, {groups} groups": 2 * groups * D * L, "MHA": 2 * H * D * L}
 
 
 def portrait(config: Config, name: str) -> str:
