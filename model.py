@@ -942,7 +942,8 @@ def load_pretrained(directory: str | Path, impl: str = "fused", device="cpu", dt
     config = load_config(directory)
     files = _checkpoint_files(Path(directory))
     names = {name: file for file in files for name in file.keys()}
-    mtp_prefixes = tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers))
+    L = config.num_hidden_layers
+    mtp_prefixes = tuple(f"model.layers.{L + i}." for i in range(config.num_nextn_predict_layers))
     if mtp_prefixes and not any(name.startswith(mtp_prefixes) for name in names):
         print(f"{directory}: no MTP weights, loading the main model only", file=sys.stderr)
         config = replace(config, num_nextn_predict_layers=0)

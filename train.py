@@ -89,7 +89,7 @@ class TrainConfig:
     keep: list[float] = knob([], "fractions of the run at which the weights are kept, in at-010 and so on")
     seed: int = knob(0, "seed of weights and data order")
     device: str = knob("auto", "auto, cpu, cuda or mps")
-    precision: str = knob("auto", "of activations; auto: the faster of fp32, bf16", choices=("auto", "fp32", "bf16", "fp8"))
+    precision: str = knob("auto", "of activations; auto: fp32 or bf16", choices=("auto", "fp32", "bf16", "fp8"))
     impl: str = knob("fused", "twins of kernels.py", choices=("fused", "reference"))
     isolate: bool = knob(True, "documents packed into one row do not see each other (V3: they do)")
     recompute: bool = knob(False, "keep block inputs only, compute activations again in the backward pass")
@@ -815,8 +815,9 @@ def fitness(trainer: Trainer, questions: int = 200) -> str:
     steps = answers([work[:end] for work, end in zip(works, ends)], max_new_tokens=1, temperature=0)
     right = sum(step == work[: end + 1] for step, work, end in zip(steps, works, ends)) / questions
     begun = solved([work[: work.find(";") + 1] for work in works], temperature=0)
-    return (f"right are {right:.0%} of single steps, {begun:.0%} of works once begun, {solved([''] * questions):.0%} of "
-            "whole answers; python rl.py goes on from here")
+    whole = solved([""] * questions)
+    return (f"right are {right:.0%} of single steps, {begun:.0%} of works once begun, {whole:.0%} of whole answers; "
+            "python rl.py goes on from here")
 
 
 def opening(tokens: list[int], tokenizer, length: int = 12) -> list[int]:
@@ -875,7 +876,8 @@ def transformers_twin(model: Transformer):
     logging.disable_progress_bar()
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder)
-        return DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32).train().to(model.lm_head.weight.device)
+        other = DeepseekV3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return other.train().to(model.lm_head.weight.device)
 
 
 def bench(config: TrainConfig, world: Dist, rounds: int = 5) -> None:

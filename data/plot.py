@@ -216,9 +216,10 @@ def quality_figure(path: Path, rows: list[tuple[int, dict, dict]]) -> None:
         for axis, key, title in zip(figure.subplots(1, 2), ("accuracy", "length"),
                                     ("accuracy on held-out questions", "length of an answer in tokens")):
             x = [share for share, _, _ in rows]
-            pick = lambda found: found[key][0] if key == "accuracy" else found[key]  # noqa: E731
-            axis.plot(x, [pick(before) for _, before, _ in rows], color=COLORS[7], label="base")
-            axis.plot(x, [pick(after) for _, _, after in rows], "o", color=COLORS[0], label="after RL, each seed")
+            before, after = ([found[key][0] if key == "accuracy" else found[key] for found in column]
+                             for column in list(zip(*rows))[1:])
+            axis.plot(x, before, color=COLORS[7], label="base")
+            axis.plot(x, after, "o", color=COLORS[0], label="after RL, each seed")
             axis.set(title=title, xlabel="% of the pretraining run", ylim=(0, None))
             axis.legend()
             axis.grid(axis="y")

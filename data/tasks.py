@@ -404,7 +404,7 @@ class Words(Task):
     things = ("apples", "books", "balls", "cakes", "stars", "boats")
     templates = (
         ("{who} has {a} {what}, finds {b} and gives {c} to {other}. How many {what} has {who}?", "+-"),
-        ("{who} has {a} {what}. {other} has {b} more, and together they buy {c}. How many has {other} with those?", "++"),
+        ("{who} has {a} {what}. {other} has {b} more, and together they buy {c}. How many has {other} then?", "++"),
         ("{who} buys {a} boxes of {b} {what} and loses {c}. How many {what} are left?", "*-"),
         ("{who} buys {a} bags of {b} {what} and already has {c}. How many {what} now?", "*+"),
         ("There are {a} {what} on the table and {b} on the floor. {who} takes {c}. How many {what} stay?", "+-"),

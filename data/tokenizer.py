@@ -76,7 +76,7 @@ class Tokenizer:
         return self.encoding.encode_batch(texts, allowed_special=allowed, disallowed_special=())
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Bytes of the ids; a character may end in a later id. Ids without a token (a padded vocabulary) are left out."""
+        """Bytes of the ids; a character may end in a later id. Ids without a token (padded vocabulary) are left out."""
         return self.encoding.decode_bytes([i for i in ids if i in self._known])
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -179,7 +179,7 @@ def _from_json(text: str, name: str) -> Tokenizer:
     specials = {token["content"]: token["id"] for token in values["added_tokens"]}
     if missing := [token for token in SPECIALS[:2] if token not in specials]:
         raise ValueError(f"it lacks {missing[0]}")
-    ranks = {bytes(bytes_of[letter] for letter in token): rank for token, rank in vocab.items() if token not in specials}
+    ranks = {bytes(map(bytes_of.get, token)): rank for token, rank in vocab.items() if token not in specials}
     return Tokenizer(name, ranks, pattern, specials, text)
 
 

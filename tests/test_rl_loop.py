@@ -17,7 +17,7 @@ from data.tasks import is_test, load_task
 from data.tokenizer import load_tokenizer
 from kernels import IGNORE
 from model import Config, Transformer, load_pretrained, save_pretrained
-from rl import RLConfig, ask, build_trainer, draw_questions, group_advantages, is_dead, make_batch, score
+from rl import RLConfig, build_trainer, draw_questions, group_advantages, is_dead, make_batch, score
 from sample import Generation, parse_flags
 from train import Dist, setup_distributed
 
