@@ -12,8 +12,9 @@ Shapes use the legend of model.py.
 
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial, wraps
 from typing import Callable, NamedTuple
 
 import torch
@@ -31,9 +32,7 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 # --------------------------------------------------------------------------------------- matrix products
 
 
-MANY_ROWS = 64  # from here on oneDNN's float32 products are the faster ones, below it MKL's
-
-
+@cache
 def onednn_is_exact() -> bool:
     """Whether oneDNN's float32 products are as exact as MKL's here, which on many CPUs take twice as long.
 
@@ -43,10 +42,70 @@ def onednn_is_exact() -> bool:
     if not torch.backends.mkldnn.is_available() or "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return False
     x = torch.linspace(-9.0, 9.0, 256 * 256).sin().view(256, 256)
-    torch.set_float32_matmul_precision("medium")
-    error = (x @ x - x.double() @ x.double()).abs().max()
-    torch.set_float32_matmul_precision("highest")
+    with precision("medium"):
+        error = (x @ x - x.double() @ x.double()).abs().max()
     return bool(error < 1e-3)  # rounding to bfloat16 is off by 0.1
+
+
+@contextmanager
+def precision(name: str):
+    """torch's precision of float32 products inside the block, in the whole process; afterwards as before."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def by_onednn(function: Callable, least: int = 64) -> Callable:
+    """The function with its float32 products by oneDNN, where these are exact and the first tensor has `least` rows.
+
+    With fewer rows MKL is the faster one. Nothing is switched for another device or dtype, or where the caller
+    has chosen a precision other than torch's default.
+    """
+
+    @wraps(function)
+    def switched(*args):
+        x = args[0] if torch.is_tensor(args[0]) else args[1]  # behind the ctx of an autograd Function
+        rows = x.shape[: max(1, x.ndim - 1)].numel()
+        is_fit = rows >= least and x.dtype == torch.float32 and x.device.type == "cpu"
+        if not is_fit or torch.get_float32_matmul_precision() != "highest" or not onednn_is_exact():
+            return function(*args)
+        with precision("medium"):
+            return function(*args)
+
+    return switched
+
+
+def linear_reference(x, weight, bias=None):
+    """`y = x W^T + b`. x (..., K); weight (N, K); bias (N,)."""
+    return F.linear(x, weight, bias)
+
+
+_linear = by_onednn(F.linear)
+
+
+class _Linear(torch.autograd.Function):
+    """As autograd would do it, but by oneDNN."""
+
+    @staticmethod
+    @by_onednn
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    @by_onednn
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def linear_fused(x, weight, bias=None):
+    """The same by the faster of two libraries."""
+    y = (_Linear.apply if torch.is_grad_enabled() else _linear)(x, weight)
+    return y if bias is None else y + bias
 
 
 # ---------------------------------------------------------------------------------------------- RMSNorm
@@ -180,6 +239,7 @@ class _TiledAttention(torch.autograd.Function):
             yield queries, keys, scores.softmax(-1)
 
     @staticmethod
+    @by_onednn
     def forward(ctx, q_nope, q_pe, k_nope, k_pe, v, scale, since):
         ctx.save_for_backward(q_nope, q_pe, k_nope, k_pe, v)
         ctx.scale, ctx.since = scale, since
@@ -193,6 +253,7 @@ class _TiledAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @by_onednn
     def backward(ctx, grad):
         inputs = ctx.saved_tensors
         D, H = inputs[0].shape[-1], inputs[0].shape[2]
@@ -259,12 +320,17 @@ def latent_attention_fused(q_latent, q_pe, latent, hidden, scale):
     S, width = latent.shape[1:]
     q = torch.cat((q_latent, q_pe), -1).mul_(scale).view(B, T * H, width)
     size = max(1, (1 << 18) // (S * width) if latent.device.type == "cpu" else B)
-    out = []
-    for q_, latent_, hidden_ in zip(q.split(size), latent.split(size), hidden.split(size)):
-        scores = torch.bmm(q_, latent_.mT).to(at_least_float32(latent.dtype))  # (rows, T*H, S)
-        scores[..., S - hidden.shape[-1] :].unflatten(1, (T, H)).masked_fill_(hidden_.unsqueeze(2), float("-inf"))
-        out.append(torch.bmm(scores.softmax(-1).to(latent.dtype), latent_))  # (rows, T*H, R+P)
-    return torch.cat(out)[..., :R].view(B, T, H, R)
+    blocks = zip(latent.split(size), q.split(size), hidden.unsqueeze(2).split(size))
+    z = torch.cat([_latent_block(*block, (T, H)) for block in blocks])  # (B, T*H, R+P)
+    return z[..., :R].view(B, T, H, R)
+
+
+@partial(by_onednn, least=1024)
+def _latent_block(latent, q, hidden, sizes):
+    scores = torch.bmm(latent, q.mT).mT.contiguous().to(at_least_float32(latent.dtype))  # (rows, T*H, S)
+    late = scores[..., latent.shape[1] - hidden.shape[-1] :]  # (rows, T*H, n)
+    late.unflatten(1, sizes).masked_fill_(hidden, float("-inf"))
+    return torch.bmm(scores.softmax(-1).to(latent.dtype), latent)
 
 
 # ---------------------------------------------------------------------------------------------- experts
@@ -313,6 +379,7 @@ class _ExpertFFN(torch.autograd.Function):
         return order, slot, token, weight, [slice(*pair) for pair in zip([0] + ends, ends)]
 
     @staticmethod
+    @by_onednn
     def forward(ctx, u, gate_up, down, topk_idx, gates):
         order, slot, token, weight, experts = _ExpertFFN.groups(topk_idx, gates, len(gate_up))
         weight = weight.to(u.dtype).unsqueeze(1)  # (slots, 1)
@@ -330,6 +397,7 @@ class _ExpertFFN(torch.autograd.Function):
         return y.to(u.dtype)
 
     @staticmethod
+    @by_onednn
     def backward(ctx, grad_y):
         u, gate_up, down, gates, packed, order, slot, token, weight = ctx.saved_tensors
         grad_u = torch.zeros(u.shape, dtype=at_least_float32(u.dtype))
@@ -448,6 +516,7 @@ class _FP8Linear(torch.autograd.Function):
     """Quantised forward, input gradient and weight gradient (V3 figure 6); keeps the codes of the input."""
 
     @staticmethod
+    @by_onednn
     def forward(ctx, x, weight, units):
         flat = x.reshape(-1, x.shape[-1])  # (M, K)
         a, w = quantise(flat, 1, least=1e-4), quantise(weight, TILE)
@@ -456,6 +525,7 @@ class _FP8Linear(torch.autograd.Function):
         return fp8_product(a, w, TILE, x.dtype, units).view(*x.shape[:-1], len(weight))
 
     @staticmethod
+    @by_onednn
     def backward(ctx, grad):
         codes, scales, w_codes, w_scales = ctx.saved_tensors
         dy = grad.reshape(-1, grad.shape[-1])  # (M, N)
@@ -463,11 +533,6 @@ class _FP8Linear(torch.autograd.Function):
         x_again = quantise(dequantise(codes, scales, 1).t(), 1)  # (K, M): its tiles run along the tokens now
         dw = fp8_product(quantise(dy.t(), 1), x_again, 1, ctx.dtypes[1], ctx.units)  # (N, K)
         return dx.view(*grad.shape[:-1], dx.shape[-1]), dw, None
-
-
-def linear_reference(x, weight, bias=None):
-    """`y = x W^T + b`. x (..., K); weight (N, K); bias (N,)."""
-    return F.linear(x, weight, bias)
 
 
 def linear_fp8(x, weight, bias=None, units=False):
@@ -519,6 +584,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nll, probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
 
     @staticmethod
+    @by_onednn
     def forward(ctx, h, weight, targets):
         nll = torch.empty(len(h), dtype=at_least_float32(h.dtype), device=h.device)
         is_kept = any(ctx.needs_input_grad) and len(h) * len(weight) <= _LinearCrossEntropy.KEEP
@@ -531,6 +597,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nll.masked_fill_(targets == IGNORE, 0)
 
     @staticmethod
+    @by_onednn
     def backward(ctx, grad_nll):
         h, weight, targets, kept = ctx.saved_tensors
         factor = grad_nll.masked_fill(targets == IGNORE, 0).unsqueeze(1).to(h.dtype)  # (N, 1)
@@ -564,7 +631,7 @@ class Op:
 
 
 OPS = {
-    "linear": Op(linear_reference, linear_reference, fp8=linear_fp8),
+    "linear": Op(linear_reference, linear_fused, fp8=linear_fp8),
     "rms_norm": Op(rms_norm_reference, rms_norm_fused),
     "apply_rope": Op(apply_rope_reference, apply_rope_fused),
     "causal_attention": Op(causal_attention_reference, causal_attention_fused),
@@ -585,13 +652,7 @@ class Kernels(NamedTuple):
     expert_ffn: Callable
     linear_cross_entropy: Callable
     reasons: tuple[str, ...] = ()
-    has_onednn: bool = False
     is_fp8: bool = False
-
-    def begin(self, rows: int) -> None:
-        """Before a forward pass over `rows` tokens: who multiplies float32 matrices, in the whole process."""
-        if self.has_onednn:
-            torch.set_float32_matmul_precision("medium" if rows >= MANY_ROWS else "highest")
 
 
 def select(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, fp8: bool = False,
@@ -619,10 +680,9 @@ def select(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = t
         units, reason = try_fp8_units(device)
         chosen |= {name: partial(op.fp8, units=units) for name, op in OPS.items() if op.fp8}
         reasons.append(reason)
-    has_onednn = impl == "fused" and device.type == "cpu" and onednn_is_exact()
-    if has_onednn:
+    if impl == "fused" and device.type == "cpu" and onednn_is_exact():
         reasons.append("float32 products by oneDNN, as exact as MKL's")
-    return Kernels(**chosen, reasons=tuple(reasons), has_onednn=has_onednn, is_fp8=fp8)
+    return Kernels(**chosen, reasons=tuple(reasons), is_fp8=fp8)
 
 
 # -------------------------------------------------------------------------------------------- measuring
@@ -651,7 +711,7 @@ def matmul_ceiling(dtype: torch.dtype, device="cpu") -> float:
     """Most FLOP/s that this machine reaches in one matrix product."""
     sizes = (512, 1024, 2048) if torch.device(device).type == "cpu" else (2048, 4096, 8192)
     squares = {n: torch.randn(n, n, dtype=dtype, device=device) for n in sizes}
-    return max(2 * n**3 / seconds(partial(torch.mm, x, x)) for n, x in squares.items())
+    return max(2 * n**3 / seconds(partial(by_onednn(torch.mm), x, x)) for n, x in squares.items())
 
 
 def samples(s: dict, dtype: torch.dtype) -> dict[str, tuple[tuple, float]]:
@@ -661,10 +721,11 @@ def samples(s: dict, dtype: torch.dtype) -> dict[str, tuple[tuple, float]]:
     make = lambda *shape: torch.randn(shape, dtype=dtype).div_(shape[-1] ** 0.5).requires_grad_()  # noqa: E731
     angle = torch.arange(T)[:, None, None] * torch.rand(P // 2)  # (T, 1, P/2)
     heads = (make(B, T, H, D), make(B, T, H, P), make(B, T, H, D), make(B, T, P), make(B, T, H, Dv), 1.0)
-    nothing = torch.zeros(B, 1, 0, dtype=torch.bool)  # latent attention as in decoding: one new token sees all T cached ones
+    nothing = torch.zeros(B, 1, 0, dtype=torch.bool)  # hidden from a token that is decoded behind T cached ones
     cached = (make(B, 1, H, R), make(B, 1, H, P), make(B, T, R + P), nothing, 1.0)
     topk_idx, gates = torch.rand(N, E).topk(K).indices, torch.rand(N, K, requires_grad=True)
-    return {"rms_norm": ((make(N, C), make(C), 1e-6), 0),
+    return {"linear": ((make(N, C), make(C, C)), 2 * N * C * C),
+            "rms_norm": ((make(N, C), make(C), 1e-6), 0),
             "apply_rope": ((make(B, T, H, P), torch.polar(torch.ones_like(angle), angle)), 0),
             "causal_attention": (heads, B * H * T * T * (D + P + Dv)),
             "latent_attention": (cached, 2 * B * H * T * (2 * R + P)),
@@ -697,7 +758,6 @@ def main(argv: list[str]) -> int:
         return 2
     torch.manual_seed(0)
     ops = select("fused", dtype=dtypes[kind])
-    ops.begin(MANY_ROWS)
     ceiling = matmul_ceiling(dtypes[kind])
     print(f"{name}, {kind}, {torch.get_num_threads()} threads; products reach {ceiling / 1e9:.0f} GFLOP/s; "
           f"{'; '.join(ops.reasons)}\nms and MB as reference -> fused; kept: for the backward, beside the inputs\n\n"

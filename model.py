@@ -693,7 +693,7 @@ class Transformer(nn.Module):
         self.ops = select(impl, self.lm_head.weight.device, self.compute_dtype, fp8=fp8, widths=widths)
         self.frequencies = rope_frequencies(self.config, self.lm_head.weight.device)
         for name, module in self.named_modules():
-            if isinstance(module, Linear) and not name.endswith(("lm_head", "eh_proj")):
+            if isinstance(module, Linear) and not (fp8 and name.endswith(("lm_head", "eh_proj"))):
                 module.product = self.ops.linear
         return self.ops.reasons
 
@@ -722,7 +722,6 @@ class Transformer(nn.Module):
         Raises UserError when the text is longer than max_position_embeddings or the cache.
         """
         self._check(tokens, targets, cache)
-        self.ops.begin(tokens.numel())
         step = self._new_pass(tokens, cache)
         h, routings = self.trunk(tokens, step, replay)
         if targets is None:

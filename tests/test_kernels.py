@@ -120,7 +120,7 @@ def assert_close(got, exact, tolerance, what):
 
 
 def test_registry_is_complete():
-    assert set(OPS) == set(CASES) == set(kernels.Kernels._fields) - {"reasons", "has_onednn", "is_fp8"}
+    assert set(OPS) == set(CASES) == set(kernels.Kernels._fields) - {"reasons", "is_fp8"}
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -298,12 +298,23 @@ def test_a_forced_choice_is_named(dtype, device, words):
 
 
 def test_onednn_products_are_exact_or_not_used():
-    ops = select("fused")
     x, w = torch.randn(512, 256), torch.randn(128, 256)
     for rows in (1, 512):
-        ops.begin(rows)
-        assert_close(x[:rows] @ w.t(), x[:rows].double() @ w.double().t(), 2e-6, f"{rows} rows")
-    torch.set_float32_matmul_precision("highest")
+        product = kernels.by_onednn(torch.mm)(x[:rows], w.t())
+        assert_close(product, x[:rows].double() @ w.double().t(), 2e-6, f"{rows} rows")
+
+
+@pytest.mark.skipif(not kernels.onednn_is_exact(), reason="never switched here")
+def test_the_precision_is_switched_for_many_rows_only_and_put_back():
+    seen = kernels.by_onednn(lambda x: torch.get_float32_matmul_precision())
+    broken = kernels.by_onednn(lambda x: 1 / 0)
+    many = torch.zeros(64, 2)
+    assert [seen(many), seen(many[:3]), seen(many.double()), seen(many[:, 0])] == ["medium", "highest", "highest", "medium"]
+    with pytest.raises(ZeroDivisionError):
+        broken(many)
+    assert torch.get_float32_matmul_precision() == "highest"
+    with kernels.precision("high"):  # the caller's own choice
+        assert seen(many) == "high"
 
 
 def test_a_broken_twin_is_found():
@@ -354,7 +365,6 @@ def test_the_table_names_every_operation_with_two_twins(capsys, monkeypatch):
         lines = capsys.readouterr().out.splitlines()
         assert [line.split()[0] for line in lines[4:]] == [n for n, op in OPS.items() if op.fused is not op.reference]
     assert kernels.main(["tinny"]) == 2 and "wanted: python kernels.py" in capsys.readouterr().err
-    torch.set_float32_matmul_precision("highest")
 
 
 def test_kept_bytes_are_counted():
@@ -376,7 +386,6 @@ def test_bench_and_profile(tmp_path, capsys, monkeypatch):
         assert abs(ours - theirs) < 2e-3  # the same weights and batch
     train.profile(config, train.Dist())
     assert "aten::mm" in capsys.readouterr().out and (tmp_path / "base" / "trace.json").stat().st_size > 1000
-    torch.set_float32_matmul_precision("highest")
 
 
 def test_select_knows_two_sides():
