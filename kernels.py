@@ -83,7 +83,17 @@ def linear_reference(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-_linear = by_onednn(F.linear)
+@by_onednn
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """`x W^T` outside autograd.
+
+    MKL's product of a single row reads weights out of memory at half the speed of a plain sum of products. Small
+    weights stay in the processor's cache, and for large ones the sum's temporary costs more than it gains.
+    """
+    is_one_row = x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu"
+    if is_one_row and 1 << 15 <= weight.numel() <= 1 << 20:
+        return torch.linalg.vecdot(weight, x.flatten()).view(*x.shape[:-1], len(weight))
+    return F.linear(x, weight)
 
 
 class _Linear(torch.autograd.Function):
@@ -104,7 +114,7 @@ class _Linear(torch.autograd.Function):
 
 def linear_fused(x, weight, bias=None):
     """The same by the faster of two libraries."""
-    y = (_Linear.apply if torch.is_grad_enabled() else _linear)(x, weight)
+    y = (_Linear.apply if torch.is_grad_enabled() else product)(x, weight)
     return y if bias is None else y + bias
 
 
@@ -431,10 +441,10 @@ def _expert_ffn_forward(u, gate_up, down, topk_idx, gates):
     experts = sorted(set(chosen))
     sizes, pairs = [chosen.count(expert) for expert in experts], torch.tensor(order, dtype=torch.int64)
     x = u[pairs // K].split(sizes)  # (n, C) of each expert
-    packed = torch.cat([F.linear(rows, gate_up[expert]) for rows, expert in zip(x, experts)])  # (N*K, 2F)
+    packed = torch.cat([product(rows, gate_up[expert]) for rows, expert in zip(x, experts)])  # (N*K, 2F)
     gate, up = packed.chunk(2, dim=-1)  # (N*K, F)
     hidden = F.silu(gate).mul_(up).split(sizes)
-    out = torch.cat([F.linear(rows, down[expert]) for rows, expert in zip(hidden, experts)])  # (N*K, C)
+    out = torch.cat([product(rows, down[expert]) for rows, expert in zip(hidden, experts)])  # (N*K, C)
     wide = torch.empty_like(out, dtype=gates.dtype).index_copy_(0, pairs, out.to(gates.dtype))  # as topk_idx has them
     return torch.bmm(gates.unsqueeze(1), wide.view(N, K, -1)).squeeze(1).to(u.dtype)
 
