@@ -201,8 +201,9 @@ def test_other_ways_through_the_experts_are_the_reference(case, dtype):
     gate_up = torch.cat([pad(half, 0, -u.shape[1] % 8, 0, -F_ % 8) for half in gate_up.chunk(2, 1)], 1)
     inputs = cast((pad(u, 0, -u.shape[1] % 8), gate_up, pad(down, 0, -F_ % 8, 0, -u.shape[1] % 8), topk_idx, gates), dtype)
     exact = run(OPS["expert_ffn"].reference, cast(inputs, torch.float64), "expert_ffn")
-    for g, e in zip(run(OPS["expert_ffn"].grouped, cast(inputs, dtype), "expert_ffn"), exact, strict=True):
-        assert_close(g, e, TOLERANCE[dtype], f"grouped, case {case}")
+    if hasattr(torch.nn.functional, "grouped_mm"):  # since torch 2.10; `select` takes the reference twin before
+        for g, e in zip(run(OPS["expert_ffn"].grouped, cast(inputs, dtype), "expert_ffn"), exact, strict=True):
+            assert_close(g, e, TOLERANCE[dtype], f"grouped, case {case}")
     with torch.no_grad():
         if len(u):
             assert_close(kernels._expert_ffn_forward(*inputs), exact[0], TOLERANCE[dtype], f"decoding, case {case}")
