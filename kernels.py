@@ -482,7 +482,8 @@ def quantise(x: Tensor, rows: int, least: float = LEAST) -> tuple[Tensor, Tensor
     At a ragged edge a block holds what there is. Scales have shape (ceil(M/rows), ceil(K/128)).
     """
     M, K = x.shape
-    padded = F.pad(x.float(), (0, -K % TILE, 0, -M % rows))
+    padded = x.new_zeros(M + -M % rows, K + -K % TILE, dtype=torch.float32)
+    padded[:M, :K] = x
     blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // TILE, TILE)
     scales = blocks.abs().amax((1, 3)).clamp(min=least) / E4M3_MAX
     codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
