@@ -570,14 +570,9 @@ def linear_cross_entropy_reference(h, weight, targets):
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy in blocks of rows: float32 logits exist for one block at a time.
-
-    Where `softmax - onehot` of all rows is small (KEEP numbers, in the inputs' dtype) it is kept for the
-    backward; else the backward computes each block again.
-    """
+    """Cross-entropy in blocks of rows: logits exist for one block at a time, the backward computes them again."""
 
     BLOCK = 1 << 19  # logits in a block: 2 MiB in float32
-    KEEP = 1 << 24
 
     @staticmethod
     def blocks(h, weight):
@@ -585,39 +580,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return [slice(start, start + size) for start in range(0, len(h), size)]
 
     @staticmethod
-    def one_block(h, weight, targets):
-        """nll (n,) and its gradient by the logits, `softmax(h W^T) - onehot(target)` (n, V), both wide."""
-        logits = F.linear(h, weight).to(at_least_float32(h.dtype))  # (n, V)
-        target = targets.clamp(min=0).unsqueeze(1)  # (n, 1): IGNORE becomes a legal index
-        top, at_target = logits.amax(-1), logits.gather(1, target).squeeze(1)
-        probs = logits.softmax(-1)
-        nll = top - probs.amax(-1).log() - at_target  # the largest probability has a finite logarithm
-        return nll, probs.scatter_add_(1, target, probs.new_full(target.shape, -1.0))
-
-    @staticmethod
     @by_onednn
     def forward(ctx, h, weight, targets):
         nll = torch.empty(len(h), dtype=at_least_float32(h.dtype), device=h.device)
-        is_kept = any(ctx.needs_input_grad) and len(h) * len(weight) <= _LinearCrossEntropy.KEEP
-        kept = h.new_empty(len(h) if is_kept else 0, len(weight))  # (N, V)
         for rows in _LinearCrossEntropy.blocks(h, weight):
-            nll[rows], d_logits = _LinearCrossEntropy.one_block(h[rows], weight, targets[rows])
-            if is_kept:
-                kept[rows] = d_logits
-        ctx.save_for_backward(h, weight, targets, kept)
-        return nll.masked_fill_(targets == IGNORE, 0)
+            nll[rows] = linear_cross_entropy_reference(h[rows], weight, targets[rows])
+        ctx.save_for_backward(h, weight, targets)
+        return nll
 
     @staticmethod
     @by_onednn
     def backward(ctx, grad_nll):
-        h, weight, targets, kept = ctx.saved_tensors
+        h, weight, targets = ctx.saved_tensors
         factor = grad_nll.masked_fill(targets == IGNORE, 0).unsqueeze(1).to(h.dtype)  # (N, 1)
         grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=grad_nll.dtype)
         for rows in _LinearCrossEntropy.blocks(h, weight):
-            if len(kept):
-                d_logits = kept[rows]  # (n, V)
-            else:
-                d_logits = _LinearCrossEntropy.one_block(h[rows], weight, targets[rows])[1].to(h.dtype)
+            d_logits = F.linear(h[rows], weight).to(grad_nll.dtype).softmax(-1)  # (n, V), and the target's less 1
+            target = targets[rows].clamp(min=0).unsqueeze(1)  # (n, 1): IGNORE becomes a legal index
+            d_logits = d_logits.scatter_add_(1, target, d_logits.new_full(target.shape, -1.0)).to(h.dtype)
             torch.mm(d_logits, weight, out=grad_h[rows])
             grad_weight += d_logits.t() @ (h[rows] * factor[rows])
         return grad_h.mul_(factor), grad_weight.to(weight.dtype), None
