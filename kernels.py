@@ -335,7 +335,7 @@ def latent_attention_fused(q_latent, q_pe, latent, hidden, scale):
     return z[..., :R].view(B, T, H, R)
 
 
-@partial(by_onednn, least=1024)
+@partial(by_onednn, least=5000)  # one long row; where a block has several, MKL is the faster one
 def _latent_block(latent, q, hidden, sizes):
     scores = torch.bmm(latent, q.mT).mT.contiguous().to(at_least_float32(latent.dtype))  # (rows, T*H, S)
     late = scores[..., latent.shape[1] - hidden.shape[-1] :]  # (rows, T*H, n)
