@@ -18,7 +18,6 @@ import math
 import random
 import re
 import shlex
-import sys
 import textwrap
 import time
 from collections import Counter
@@ -1125,7 +1124,6 @@ def time_split(rows: list[dict]) -> str:
 
 def main(argv: list[str]) -> None:
     """One run of RL, or a recipe."""
-    sys.path.append("")  # --task module:Class is looked for in the user's folder
     first = parse_flags(RLConfig, argv, __doc__)
     flags = shlex.split(f"{VARIANTS[first.variant]} {RECIPES[first.recipe]}")
     config = parse_flags(RLConfig, flags + argv, __doc__)

@@ -23,7 +23,7 @@ import numpy as np
 
 from data import UserError, nearest
 from data.loader import TokenFile, write_tokens
-from data.tasks import BOS, EOS, TASKS, document, load_task
+from data.tasks import BOS, EOS, document, load_task
 from data.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -308,7 +308,9 @@ def open_domains(source: str, tokenizer: Tokenizer, cache: Path, folder: Path, s
     if Path(source).exists():
         return {"text": folder_documents(Path(source), log)}
     kind, _, argument = source.partition(":")
-    if kind == "local" and (not argument or argument.partition(":")[0] in TASKS):
+    if kind == "local":
+        if argument:
+            load_task(argument)  # says what is wrong with it
         return local_documents(argument, seed, log)
     if source == "shakespeare":
         path = cache / "shakespeare.txt"

@@ -13,6 +13,7 @@ import importlib
 import json
 import random
 import re
+import sys
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -503,6 +504,7 @@ def load_task(name: str) -> Task:
         if head in TASKS:
             return TASKS[head](int(argument) if argument.isdecimal() else argument) if argument else TASKS[head]()
         if argument:
+            sys.path += [""] * ("" not in sys.path)  # the user's own folder
             return getattr(importlib.import_module(head), argument)()
     except (ImportError, AttributeError, TypeError) as error:
         raise UserError(f"task {name}: {error} (wanted a task of data/tasks.py or module:Class)") from None
