@@ -918,7 +918,7 @@ class Recipe:
 
     def exam(self, label: str, path: Path) -> None:
         """Held-out questions of the first task, and of all of them: a row of the table."""
-        file = path / "exam.json"
+        file = Path(self.config.out) / f"{self.config.name}-{label}" / "exam.json"  # another recipe asks otherwise
         if not file.exists() and self.world.is_main:
             model = load_pretrained(path, self.config.impl, self.world.device)
             found = [evaluate(model, self.tokenizer, tasks, self.config, path, 8, is_full=False)
@@ -1035,11 +1035,11 @@ def recipe_quality(recipe: Recipe) -> None:
         raise UserError(f"quality: no at-* in {base}: python train.py --keep 0.1 0.2 0.4 0.7 leaves them there")
     for path in stages:
         share = int(path.name[3:]) if path is not base else 100
-        recipe.exam(f"{share} %", path)
+        recipe.exam(f"base-{share:03}", path)
         for seed in range(3):
             label = f"{share:03}-{seed}"
             recipe.rl(label, path, recipe.config.task, seed=seed)
-            rows.append((share, recipe.table[f"{share} %"][0], recipe.table[label][0]))
+            rows.append((share, recipe.table[f"base-{share:03}"][0], recipe.table[label][0]))
     recipe.report("RL from checkpoints of one pretraining run, three seeds each")
     if recipe.world.is_main:
         plot.quality_figure(Path(recipe.config.out) / f"{recipe.config.name}.png", rows)

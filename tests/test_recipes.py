@@ -155,4 +155,4 @@ def test_quality_takes_what_keep_left_and_draws_a_picture(base, tmp_path, python
     assert early != late != (run / "model.safetensors").read_bytes()
     rl.recipe_quality(recipe(run, tmp_path / "out", name="quality", task="toy:Letters", steps=1, max_new_tokens=4))
     assert (tmp_path / "out" / "quality.png").stat().st_size > 0
-    assert all(label in (tmp_path / "out" / "quality.txt").read_text() for label in ("25 %", "100 %", "050-2"))
+    assert all(label in (tmp_path / "out" / "quality.txt").read_text() for label in ("base-025", "base-100", "050-2"))
