@@ -1016,7 +1016,7 @@ def recipe_distill(recipe: Recipe) -> None:
 
 
 def pretrain_small(recipe: Recipe, path: Path, is_begun: bool) -> bool:
-    """A model of about a third of the base's active parameters, pretrained for as many tokens on the same corpus."""
+    """A model of less than half of the base's active parameters, pretrained for as many tokens on the same corpus."""
     try:
         knobs = json.loads((Path(recipe.config.base) / "train.json").read_text())
     except OSError as error:

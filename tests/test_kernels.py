@@ -395,7 +395,9 @@ def test_bench_and_profile(tmp_path, capsys, monkeypatch):
         ours, theirs = (float(lines[name].split("first loss ")[1]) for name in ("plainseek", "transformers"))
         assert abs(ours - theirs) < 2e-3  # the same weights and batch
     train.profile(config, train.Dist())
-    assert "aten::" in capsys.readouterr().out and (tmp_path / "base" / "trace.json").stat().st_size > 1000
+    out = capsys.readouterr().out
+    assert "Self CPU" in out and "aten::" in out  # which fifteen are the costliest depends on the machine's load
+    assert '"aten::mm"' in (tmp_path / "base" / "trace.json").read_text()
 
 
 def test_select_knows_two_sides():
