@@ -10,11 +10,16 @@ Shapes use the legend of model.py.
     python kernels.py [tiny | small | medium] [fp32 | bf16]     both twins of every operation, measured here
 """
 
+import ctypes
+import hashlib
+import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial, wraps
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -83,19 +88,6 @@ def linear_reference(x, weight, bias=None):
     return F.linear(x, weight, bias)
 
 
-@by_onednn
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x W^T` outside autograd.
-
-    MKL's product of a single row reads weights out of memory at half the speed of a plain sum of products. Small
-    weights stay in the processor's cache, and for large ones the sum's temporary costs more than it gains.
-    """
-    is_one_row = x.numel() == x.shape[-1] and x.dtype == torch.float32 and x.device.type == "cpu"
-    if is_one_row and 1 << 15 <= weight.numel() <= 1 << 20:
-        return torch.linalg.vecdot(weight, x.flatten()).view(*x.shape[:-1], len(weight))
-    return F.linear(x, weight)
-
-
 class _Linear(torch.autograd.Function):
     """As autograd would do it, but by oneDNN."""
 
@@ -112,9 +104,12 @@ class _Linear(torch.autograd.Function):
         return grad @ weight, grad.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
+_product = by_onednn(F.linear)
+
+
 def linear_fused(x, weight, bias=None):
     """The same by the faster of two libraries."""
-    y = (_Linear.apply if torch.is_grad_enabled() else product)(x, weight)
+    y = (_Linear.apply if torch.is_grad_enabled() else _product)(x, weight)
     return y if bias is None else y + bias
 
 
@@ -349,14 +344,15 @@ def _latent_block(latent, q, hidden, sizes):
 def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=F.linear):
     """The routed half of a MoE layer (V3 eq 12): `y_n = sum_k gates_nk * FFN_{topk_idx_nk}(u_n)`.
 
-    u (N, C); gate_up (E, 2F, C), gate rows first; down (E, C, F); topk_idx and gates (N, K).
-    `FFN(u) = W_down (silu(W_gate u) * W_up u)`. No token is dropped. Returns (N, C).
+    u (N, C); gate_up (E, 2F, C), gate rows first; down (E, C, F), both in any dtype and cast to that of u expert by
+    expert; topk_idx and gates (N, K). `FFN(u) = W_down (silu(W_gate u) * W_up u)`. No token is dropped.
+    Returns (N, C).
     """
     y = torch.zeros_like(u, dtype=at_least_float32(u.dtype))  # (N, C)
     for expert in range(gate_up.shape[0]):
         rows, slots = torch.where(topk_idx == expert)  # the (token, slot) pairs of this expert
-        gate, up = linear(u[rows], gate_up[expert]).chunk(2, dim=-1)  # (n, F) each
-        out = linear(F.silu(gate) * up, down[expert])  # (n, C)
+        gate, up = linear(u[rows], gate_up[expert].to(u.dtype)).chunk(2, dim=-1)  # (n, F) each
+        out = linear(F.silu(gate) * up, down[expert].to(u.dtype))  # (n, C)
         y = y.index_add(0, rows, out.to(y.dtype) * gates[rows, slots, None].to(y.dtype))
     return y.to(u.dtype)
 
@@ -398,10 +394,10 @@ class _ExpertFFN(torch.autograd.Function):
         for expert, here in enumerate(experts):
             if here.start == here.stop:
                 continue
-            torch.mm(u.index_select(0, token[here]), gate_up[expert].t(), out=packed[here])
+            torch.mm(u.index_select(0, token[here]), gate_up[expert].t().to(u.dtype), out=packed[here])
             gate, up = packed[here].chunk(2, dim=-1)  # (n, F)
             hidden = F.silu(gate).mul_(up).mul_(weight[here])
-            y.index_add_(0, token[here], (hidden @ down[expert].t()).to(y.dtype))
+            y.index_add_(0, token[here], (hidden @ down[expert].t().to(u.dtype)).to(y.dtype))
         ctx.save_for_backward(u, gate_up, down, gates, packed, order, slot, token, weight)
         ctx.experts = experts
         return y.to(u.dtype)
@@ -419,41 +415,23 @@ class _ExpertFFN(torch.autograd.Function):
                 continue
             x, dy = u.index_select(0, token[here]), grad_y.index_select(0, token[here])  # (n, C)
             gate, up = packed[here].chunk(2, dim=-1)  # (n, F)
-            silu, d_hidden = F.silu(gate), dy @ down[expert]  # before the weight
+            silu, d_hidden = F.silu(gate), dy @ down[expert].to(u.dtype)  # before the weight
             hidden = silu * up
             grad_weight[here] = (d_hidden * hidden).sum(-1)
             d_hidden.mul_(weight[here])
-            torch.mm(dy.t(), hidden.mul_(weight[here]), out=grad_down[expert])
+            grad_down[expert] = dy.t() @ hidden.mul_(weight[here])
             d_gate = torch.ops.aten.silu_backward(d_hidden * up, gate)
             d_packed = torch.cat((d_gate, silu.mul_(d_hidden)), dim=-1)  # (n, 2F)
-            torch.mm(d_packed.t(), x, out=grad_gate_up[expert])
-            grad_u.index_add_(0, token[here], (d_packed @ gate_up[expert]).to(grad_u.dtype))
+            grad_gate_up[expert] = d_packed.t() @ x
+            grad_u.index_add_(0, token[here], (d_packed @ gate_up[expert].to(u.dtype)).to(grad_u.dtype))
         grad_gates = torch.empty_like(gates).flatten()
         grad_gates[order] = grad_weight[slot].to(gates.dtype)
         return grad_u.to(u.dtype), grad_gate_up, grad_down, None, grad_gates.view_as(gates)
 
 
-def _expert_ffn_forward(u, gate_up, down, topk_idx, gates):
-    """For decoding, where rows are few: only the chosen experts are visited, nothing is kept or rounded up."""
-    N, K = topk_idx.shape
-    chosen = topk_idx.flatten().tolist()
-    order = sorted(range(N * K), key=chosen.__getitem__)  # the pairs (token, k) by expert
-    experts = sorted(set(chosen))
-    sizes, pairs = [chosen.count(expert) for expert in experts], torch.tensor(order, dtype=torch.int64)
-    x = u[pairs // K].split(sizes)  # (n, C) of each expert
-    packed = torch.cat([product(rows, gate_up[expert]) for rows, expert in zip(x, experts)])  # (N*K, 2F)
-    gate, up = packed.chunk(2, dim=-1)  # (N*K, F)
-    hidden = F.silu(gate).mul_(up).split(sizes)
-    out = torch.cat([product(rows, down[expert]) for rows, expert in zip(hidden, experts)])  # (N*K, C)
-    wide = torch.empty_like(out, dtype=gates.dtype).index_copy_(0, pairs, out.to(gates.dtype))  # as topk_idx has them
-    return torch.bmm(gates.unsqueeze(1), wide.view(N, K, -1)).squeeze(1).to(u.dtype)
-
-
 def expert_ffn_fused(u, gate_up, down, topk_idx, gates):
     """The same over sorted pairs, gate and up joined in one product, written as one autograd Function."""
-    if torch.is_grad_enabled() or not 0 < topk_idx.numel() <= 16 * len(gate_up):
-        return _ExpertFFN.apply(u, gate_up, down, topk_idx, gates)
-    return _expert_ffn_forward(u, gate_up, down, topk_idx, gates)
+    return _ExpertFFN.apply(u, gate_up, down, topk_idx, gates)
 
 
 def expert_ffn_grouped(u, gate_up, down, topk_idx, gates):
@@ -462,8 +440,8 @@ def expert_ffn_grouped(u, gate_up, down, topk_idx, gates):
     chosen, order = topk_idx.flatten().sort()  # (N*K,) each
     token, weight = order // K, gates.flatten()[order].unsqueeze(1)  # (N*K,), (N*K, 1)
     ends = torch.searchsorted(chosen, torch.arange(E, device=u.device), right=True, out_int32=True)  # (E,)
-    gate, up = F.grouped_mm(u[token], gate_up.mT, offs=ends).chunk(2, dim=-1)  # (N*K, F) each
-    out = F.grouped_mm(F.silu(gate) * up, down.mT, offs=ends)  # (N*K, C)
+    gate, up = F.grouped_mm(u[token], gate_up.to(u.dtype).mT, offs=ends).chunk(2, dim=-1)  # (N*K, F) each
+    out = F.grouped_mm(F.silu(gate) * up, down.to(u.dtype).mT, offs=ends)  # (N*K, C)
     wide = at_least_float32(u.dtype)
     return torch.zeros_like(u, dtype=wide).index_add(0, token, out * weight.to(wide)).to(u.dtype)
 
@@ -608,26 +586,178 @@ def linear_cross_entropy_fused(h, weight, targets):
     return _LinearCrossEntropy.apply(h, weight, targets)
 
 
+# ---------------------------------------------------------------------------------------- decoding in C
+
+
+# When one token follows the other, products are short and what costs is to call them: a MoE layer is some 25 calls
+# into torch for a token's four experts. Here it is one. Compiled with the machine's own C compiler, in a quarter of
+# a second; the operations are those of the reference twins above, in their words.
+C_SOURCE = r"""
+static float exponential(float x) {  // e^x for x <= 0, off by 1e-7 of it at most: 2^whole * 2^part
+    float t = x * 1.44269504f;
+    t = t < -126.0f ? -126.0f : t;
+    int whole = (int)(t - 0.5f);
+    float part = t - whole, y = 1.5353362e-4f;
+    y = y * part + 1.3398874e-3f, y = y * part + 9.6184373e-3f, y = y * part + 5.5503324e-2f;
+    y = y * part + 2.4022648e-1f, y = y * part + 6.9314720e-1f, y = y * part + 1.0f;
+    union { int bits; float value; } power = {(whole + 127) << 23};
+    return y * power.value;
+}
+
+// y (N, O) = x W^T for N rows of I numbers that may lie anywhere; each row of W is read once, for four rows of x
+static void product(float *y, const float **x, long N, const float *w, long O, long I) {
+    #pragma omp parallel for if (N * O * I > 1 << 18)
+    for (long o = 0; o < O; o++) {
+        const float *v = w + o * I;
+        long n = 0;
+        for (; n + 4 <= N; n += 4) {
+            const float *p = x[n], *q = x[n + 1], *r = x[n + 2], *s = x[n + 3];
+            float a = 0, b = 0, c = 0, d = 0;
+            for (long i = 0; i < I; i++) a += p[i] * v[i], b += q[i] * v[i], c += r[i] * v[i], d += s[i] * v[i];
+            y[n * O + o] = a, y[(n + 1) * O + o] = b, y[(n + 2) * O + o] = c, y[(n + 3) * O + o] = d;
+        }
+        for (; n < N; n++) {
+            float a = 0;
+            for (long i = 0; i < I; i++) a += x[n][i] * v[i];
+            y[n * O + o] = a;
+        }
+    }
+}
+
+void linear(float *y, const float *x, const float *w, long N, long O, long I) {
+    const float *rows[N];
+    for (long n = 0; n < N; n++) rows[n] = x + n * I;
+    product(y, rows, N, w, O, I);
+}
+
+void rms_norm(float *y, const float *x, const float *w, double eps, long N, long C, long stride) {
+    #pragma omp parallel for if (N * C > 1 << 18)
+    for (long n = 0; n < N; n++) {
+        const float *row = x + n * stride;
+        float squares = 0;
+        for (long c = 0; c < C; c++) squares += row[c] * row[c];
+        float scale = 1 / __builtin_sqrtf(squares / C + (float)eps);
+        for (long c = 0; c < C; c++) y[n * C + c] = row[c] * scale * w[c];
+    }
+}
+
+// room (N*K, 2F+C) holds, for the n rows of the expert at hand, gate and up (n, 2F) and behind them its output (n, C)
+void expert_ffn(float *y, float *room, const float *u, const float *gate_up, const float *down, const long long *topk_idx,
+                const float *gates, long N, long K, long E, long C, long F) {
+    const float *rows[N * K];
+    long pair[N * K];
+    for (long i = 0; i < N * C; i++) y[i] = 0;
+    for (long e = 0; e < E; e++) {
+        long n = 0;
+        for (long i = 0; i < N * K; i++)
+            if (topk_idx[i] == e) pair[n] = i, rows[n++] = u + i / K * C;
+        product(room, rows, n, gate_up + e * 2 * F * C, 2 * F, C);
+        for (long i = 0; i < n; i++) {
+            float *gate = room + i * 2 * F, *up = gate + F;
+            for (long f = 0; f < F; f++) {
+                float x = gate[f], e = exponential(x > 0 ? -x : x);
+                gate[f] = gates[pair[i]] * x * (x > 0 ? 1 : e) / (1 + e) * up[f];
+            }
+            rows[i] = gate;
+        }
+        float *out = room + n * 2 * F;
+        product(out, rows, n, down + e * C * F, C, F);
+        for (long i = 0; i < n; i++)
+            for (long c = 0; c < C; c++) y[pair[i] / K * C + c] += out[i * C + c];
+    }
+}
+"""
+
+
+@cache
+def compiled() -> tuple[ctypes.CDLL | None, str]:
+    """The functions of C_SOURCE, and what to say about them; None where there is no C compiler.
+
+    The library stays in the user's cache folder under a name made of all that went into it.
+    """
+    widths = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
+    threads = [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*")][:1]  # torch's own, to share them
+    command = ["cc", "-std=c11", "-O3", "-shared", "-fPIC", *widths.get(torch.backends.cpu.get_cpu_capability(), []),
+               "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
+               *(["-fopenmp", "-Wl,--as-needed", *threads] if threads else ["-Wno-unknown-pragmas"])]
+    name = hashlib.sha256(" ".join([C_SOURCE, *command]).encode()).hexdigest()[:16]
+    library = Path.home() / ".cache" / "plainseek" / f"{name}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+                source, made = Path(folder, "decode.c"), Path(folder, "decode.so")
+                source.write_text(C_SOURCE)
+                subprocess.run([*command, str(source), "-o", str(made)], check=True, capture_output=True, timeout=60)
+                made.replace(library)
+        functions = ctypes.CDLL(str(library))
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        return None, f"float32 decoding without C: {str(error).splitlines()[0]}"
+    pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
+    functions.linear.argtypes = 3 * [pointer] + 3 * [size]
+    functions.rms_norm.argtypes = 3 * [pointer] + [number] + 3 * [size]
+    functions.expert_ffn.argtypes = 7 * [pointer] + 5 * [size]
+    return functions, "float32 decoding in C"
+
+
+def is_for_c(x: Tensor) -> bool:
+    """Whether C may read this one: float32 on a CPU, row behind row, no gradient wanted, not traced by torch.compile."""
+    is_plain = x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
+    return is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def linear_in_c(x, weight, bias=None):
+    """The same for up to 8 rows on a weight worth the call."""
+    N, (O, I) = x.numel() // max(1, x.shape[-1]), weight.shape
+    if N > 8 or O * I < 1 << 15 or not is_for_c(x) or not is_for_c(weight):
+        return linear_fused(x, weight, bias)
+    y = x.new_empty(*x.shape[:-1], O)
+    compiled()[0].linear(y.data_ptr(), x.data_ptr(), weight.data_ptr(), N, O, I)
+    return y if bias is None else y + bias
+
+
+def rms_norm_in_c(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same in one pass."""
+    rows = x.reshape(-1, x.shape[-1])  # (N, C)
+    y = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    if rows.stride(1) != 1 or not is_for_c(y) or not is_for_c(weight):
+        return rms_norm_fused(x, weight, eps)
+    compiled()[0].rms_norm(y.data_ptr(), rows.data_ptr(), weight.data_ptr(), eps, *rows.shape, rows.stride(0))
+    return y.view(x.shape)
+
+
+def expert_ffn_in_c(u, gate_up, down, topk_idx, gates):
+    """The same in one call, for up to 16 pairs (token, k) per expert."""
+    (N, K), (E, C, F_) = topk_idx.shape, down.shape
+    if N * K > 16 * E or not all(map(is_for_c, (u, gate_up, down, gates))):
+        return expert_ffn_fused(u, gate_up, down, topk_idx, gates)
+    topk_idx, y, room = topk_idx.contiguous(), torch.empty_like(u), u.new_empty(N * K, 2 * F_ + C)
+    pointers = [x.data_ptr() for x in (y, room, u, gate_up, down, topk_idx, gates)]
+    compiled()[0].expert_ffn(*pointers, N, K, E, C, F_)
+    return y
+
+
 # --------------------------------------------------------------------------------------------- registry
 
 
 @dataclass(frozen=True)
 class Op:
-    """The twins of one operation. `grouped` is fused for a GPU, `fp8` has other numbers on purpose."""
+    """The twins of one operation: `grouped` is fused for a GPU, `in_c` for decoding, `fp8` has other numbers on purpose."""
 
     reference: Callable
     fused: Callable
     grouped: Callable | None = None
+    in_c: Callable | None = None
     fp8: Callable | None = None
 
 
 OPS = {
-    "linear": Op(linear_reference, linear_fused, fp8=linear_fp8),
-    "rms_norm": Op(rms_norm_reference, rms_norm_fused),
+    "linear": Op(linear_reference, linear_fused, in_c=linear_in_c, fp8=linear_fp8),
+    "rms_norm": Op(rms_norm_reference, rms_norm_fused, in_c=rms_norm_in_c),
     "apply_rope": Op(apply_rope_reference, apply_rope_fused),
     "causal_attention": Op(causal_attention_reference, causal_attention_fused),
     "latent_attention": Op(latent_attention_reference, latent_attention_fused),
-    "expert_ffn": Op(expert_ffn_reference, expert_ffn_fused, expert_ffn_grouped, expert_ffn_fp8),
+    "expert_ffn": Op(expert_ffn_reference, expert_ffn_fused, expert_ffn_grouped, expert_ffn_in_c, expert_ffn_fp8),
     "linear_cross_entropy": Op(linear_cross_entropy_reference, linear_cross_entropy_fused),
 }
 
@@ -671,8 +801,12 @@ def select(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = t
         units, reason = try_fp8_units(device)
         chosen |= {name: partial(op.fp8, units=units) for name, op in OPS.items() if op.fp8}
         reasons.append(reason)
-    if impl == "fused" and device.type == "cpu" and onednn_is_exact():
-        reasons.append("float32 products by oneDNN, as exact as MKL's")
+    if impl == "fused" and device.type == "cpu" and dtype == torch.float32:
+        if onednn_is_exact():
+            reasons.append("float32 products by oneDNN, as exact as MKL's")
+        library, reason = compiled()
+        chosen |= {name: op.in_c for name, op in OPS.items() if op.in_c and library and not fp8}
+        reasons.append(reason)
     return Kernels(**chosen, reasons=tuple(reasons), is_fp8=fp8)
 
 

@@ -573,10 +573,10 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, C, width))
 
     def forward(self, u: Tensor, routing: Routing, ops: Kernels) -> Tensor:
-        gate_up, down = self.gate_up_proj.to(u.dtype), self.down_proj.to(u.dtype)
         K = routing.topk_idx.shape[-1]
         flat = u.reshape(-1, u.shape[-1])  # (N, C)
-        y = ops.expert_ffn(flat, gate_up, down, routing.topk_idx.reshape(-1, K), routing.gates.reshape(-1, K))
+        y = ops.expert_ffn(flat, self.gate_up_proj, self.down_proj, routing.topk_idx.reshape(-1, K),
+                           routing.gates.reshape(-1, K))
         return y.view_as(u)
 
 

