@@ -321,20 +321,24 @@ def latent_attention_fused(q_latent, q_pe, latent, hidden, scale):
     The weighted sum takes `k_pe` along, which is cheaper than to copy the latents away from it. Rows go in blocks
     whose latents (2^18 numbers) are still in the processor's cache when the second product reads them.
     """
-    B, T, H, R = q_latent.shape
-    S, width = latent.shape[1:]
+    (B, T, H, R), (S, width) = q_latent.shape, latent.shape[1:]
     q = torch.cat((q_latent, q_pe), -1).mul_(scale).view(B, T * H, width)
-    size = max(1, (1 << 18) // (S * width) if latent.device.type == "cpu" else B)
-    blocks = zip(latent.split(size), q.split(size), hidden.unsqueeze(2).split(size))
-    z = torch.cat([_latent_block(*block, (T, H)) for block in blocks])  # (B, T*H, R+P)
+    size = max(1, (1 << 18) // (S * width)) if latent.is_cpu else B
+    is_tall = B > 1 or S > 4096  # then the long side goes first; else there is least to do
+    if B <= size or B == 1:
+        z = _latent_block(latent, q, hidden, is_tall)  # (B, T*H, R+P)
+    else:
+        blocks = zip(latent.split(size), q.split(size), hidden.split(size))
+        z = torch.cat([_latent_block(*block, is_tall) for block in blocks])
     return z[..., :R].view(B, T, H, R)
 
 
 @partial(by_onednn, least=5000)  # one long row; where a block has several, MKL is the faster one
-def _latent_block(latent, q, hidden, sizes):
-    scores = torch.bmm(latent, q.mT).mT.contiguous().to(at_least_float32(latent.dtype))  # (rows, T*H, S)
+def _latent_block(latent, q, hidden, is_tall: bool):
+    scores = torch.bmm(latent, q.mT).mT.contiguous() if is_tall else torch.bmm(q, latent.mT)  # (rows, T*H, S)
+    scores = scores.to(at_least_float32(latent.dtype))
     late = scores[..., latent.shape[1] - hidden.shape[-1] :]  # (rows, T*H, n)
-    late.unflatten(1, sizes).masked_fill_(hidden, float("-inf"))
+    late.unflatten(1, (hidden.shape[1], -1)).masked_fill_(hidden.unsqueeze(2), float("-inf"))
     return torch.bmm(scores.softmax(-1).to(latent.dtype), latent)
 
 
