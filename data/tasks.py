@@ -11,6 +11,7 @@ import ast
 import hashlib
 import importlib
 import json
+import operator
 import random
 import re
 import sys
@@ -25,6 +26,7 @@ USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 TEST_SHARE = 16  # of 256 hash values
 LONGEST = 100_000  # characters; a longer completion is malformed
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 @dataclass(frozen=True)
@@ -102,23 +104,10 @@ def _value(node: ast.AST, numbers: list[int]) -> Fraction:
     if isinstance(node, ast.Constant) and type(node.value) is int:
         numbers.append(node.value)
         return Fraction(node.value)
-    if not isinstance(node, ast.BinOp):
-        raise ValueError(f"{type(node).__name__} is not allowed")
     signs = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
-    return apply(_value(node.left, numbers), signs.get(type(node.op)), _value(node.right, numbers))
-
-
-def apply(left, sign: str | None, right):
-    """left sign right; ValueError for anything but + - * /."""
-    if sign == "+":
-        return left + right
-    if sign == "-":
-        return left - right
-    if sign == "*":
-        return left * right
-    if sign == "/":
-        return left / right
-    raise ValueError(f"operator {sign!r} is not allowed")
+    if not isinstance(node, ast.BinOp) or type(node.op) not in signs:
+        raise ValueError("only integers and + - * / are allowed")
+    return OPERATORS[signs[type(node.op)]](_value(node.left, numbers), _value(node.right, numbers))
 
 
 class Task:
@@ -216,7 +205,7 @@ class Chain(Task):
         """The value of a chain such as `4-6+3`, from left to right, modulo 10."""
         value = int(text[0])
         for sign, digit in zip(text[1::2], text[2::2]):
-            value = apply(value, sign, int(digit)) % 10
+            value = OPERATORS[sign](value, int(digit)) % 10
         return value
 
     def work(self, problem, style, rng):
@@ -278,7 +267,7 @@ class Countdown(Task):
         while len(pool) > 1:
             (a, left), (b, right) = sorted((pool.pop(rng.randrange(len(pool))) for _ in "ab"), reverse=True)
             sign = rng.choice("+-*") if a * b < 100 else rng.choice("+-")
-            value = apply(a, sign, b)
+            value = OPERATORS[sign](a, b)
             steps.append(f"{a}{sign}{b}={value}")
             pool.append((value, f"({left}{sign}{right})"))
         return value, pool[0][1][1:-1], ",".join(steps)
@@ -417,8 +406,8 @@ class Words(Task):
         while True:
             template, signs = rng.choice(self.templates)
             a, b, c = (rng.randint(2, 9) for _ in "abc")
-            first = apply(a, signs[0], b)
-            answer = apply(first, signs[1], c)
+            first = OPERATORS[signs[0]](a, b)
+            answer = OPERATORS[signs[1]](first, c)
             if first >= 0 and answer >= 0:
                 who, other = rng.sample(self.people, 2)
                 question = template.format(who=who, other=other, what=rng.choice(self.things), a=a, b=b, c=c)
