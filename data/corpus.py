@@ -23,7 +23,7 @@ import numpy as np
 
 from data import UserError, nearest
 from data.loader import TokenFile, write_tokens
-from data.tasks import BOS, EOS, document, load_task
+from data.tasks import BOS, load_task, prompt_text
 from data.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -110,8 +110,8 @@ def reasoning_documents(rng: random.Random, counts: dict[str, int]) -> Iterator[
             yield drill, drill
         else:
             problem = task.problem(rng)
-            text = document(problem, task.trace(problem, rng))
-            yield problem.question, text.removeprefix(BOS).removesuffix(EOS)
+            text = prompt_text(problem.question).removeprefix(BOS)  # its marks come with the token files
+            yield problem.question, text + task.trace(problem, rng)
 
 
 def local_documents(task: str, seed: int, log: Callable = print) -> dict[str, Iterator[Document]]:

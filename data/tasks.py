@@ -50,11 +50,6 @@ def prompt_text(question: str) -> str:
     return f"{BOS}{USER}{question}{ASSISTANT}"
 
 
-def document(problem: Problem, trace: str) -> str:
-    """Question and answer as one text for pretraining."""
-    return prompt_text(problem.question) + trace + EOS
-
-
 def split_completion(completion: str) -> tuple[str, str] | None:
     """Thinking and answer of a well-formed completion, else None.
 
@@ -222,16 +217,16 @@ class Chain(Task):
             steps.append(text)
         return steps, str(value)
 
-    def drill(self, rng):
-        if rng.random() < 0.5:  # the table, and where the next term stands in the question
-            return ";".join(self.single_steps(rng))
-        problem = self.problem(rng)
-        return problem.question + ";".join(self.work(problem, "full", rng)[0])
+    def drill(self, rng, style: str = "full"):
+        if rng.random() < 0.5:  # twelve entries of the table
+            steps = [f"{rng.randrange(10)}{rng.choice('+-*')}{rng.randrange(10)}" for _ in range(12)]
+            return ";".join(self.spell(f"{step}={self.run(step)}", style, rng) for step in steps)
+        problem = self.problem(rng)  # and where the next term stands in the question
+        return problem.question + ";".join(self.work(problem, style, rng)[0])
 
-    def single_steps(self, rng: random.Random) -> list[str]:
-        """Twelve entries of the table, such as `4-6=8`."""
-        steps = [f"{rng.randrange(10)}{rng.choice('+-*')}{rng.randrange(10)}" for _ in range(12)]
-        return [f"{step}={self.run(step)}" for step in steps]
+    def spell(self, step: str, style: str, rng: random.Random) -> str:
+        """A step such as `4-6=8` as it is written in this style."""
+        return step
 
     def style_of(self, completion):
         is_skip = re.search(r"[0-9][-+*][0-9][-+*][0-9](?:[-+*][0-9])?=", completion[:LONGEST])
@@ -433,17 +428,12 @@ class TwoLanguages(Chain):
         steps, answer = super().work(Problem(problem.question[4:], problem.answer), "full", rng)
         return [self.spell(step, style, rng) for step in steps], answer
 
-    def spell(self, step: str, style: str, rng: random.Random) -> str:
-        """`4-6=8` in words; in a mixed style each word is of either language."""
+    def spell(self, step, style, rng):
         languages = list(self.words.values()) if style == "mixed" else [self.words[style]]
         return " ".join(rng.choice(languages)["0123456789+-*=".index(sign)] for sign in step)
 
     def drill(self, rng):
-        language = rng.choice(list(self.words))
-        if rng.random() < 0.5:
-            return ";".join(self.spell(step, language, rng) for step in self.single_steps(rng))
-        problem = self.problem(rng)
-        return problem.question + ";".join(self.work(problem, language, rng)[0])
+        return super().drill(rng, rng.choice(list(self.words)))
 
     def reward(self, problem, completion):
         """Also `language`: words of English over all words of the thinking."""
