@@ -47,7 +47,6 @@ Document = tuple[str, str]  # what its side is decided by, and its text
 class Corpus:
     """Token files of every domain, and a description to print."""
 
-    name: str
     domains: list[str]
     train: dict[str, TokenFile]
     val: dict[str, TokenFile]
@@ -343,7 +342,7 @@ def prepare(source: str | Path, tokenizer: Tokenizer, cache_dir: str | Path, *, 
         raise UserError(f"data: cannot prepare {source!r} in {cache}: {error}") from None
     train, val = ({domain: TokenFile(folder / f"{domain}.{split}.bin") for domain in domains}
                   for split in ("train", "val"))
-    return Corpus(source, list(domains), train, val, describe(source, train, val))
+    return Corpus(list(domains), train, val, describe(source, train, val))
 
 
 def describe(source: str, train: dict[str, TokenFile], val: dict[str, TokenFile]) -> str:

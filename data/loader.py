@@ -1,6 +1,8 @@
 """Token files, and the loader that cuts them into sequences: exact about epochs, ranks and resuming."""
 
 import json
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -44,13 +46,13 @@ class TokenFile:
                 raise ValueError("magic")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a token file of this program ({error}): delete it") from None
-        self.path, self.count, dtype = Path(path), self.header["count"], np.dtype(self.header["dtype"])
-        if self.path.stat().st_size != HEADER_BYTES + self.count * dtype.itemsize:
-            raise UserError(f"{path}: its header says {self.count:,} tokens, its size another number: delete it")
-        self.tokens = np.memmap(path, dtype, "r", HEADER_BYTES) if self.count else np.empty(0, dtype)  # (count,)
+        count, dtype = self.header["count"], np.dtype(self.header["dtype"])
+        if Path(path).stat().st_size != HEADER_BYTES + count * dtype.itemsize:
+            raise UserError(f"{path}: its header says {count:,} tokens, its size another number: delete it")
+        self.tokens = np.memmap(path, dtype, "r", HEADER_BYTES) if count else np.empty(0, dtype)  # (count,)
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.tokens)
 
     def windows(self, seq_len: int) -> int:
         """How many sequences fit: each reads one token more, the last target, which the next one begins with."""
@@ -75,28 +77,22 @@ class Loader:
     ranks' parts of one draw form the same set for any number of ranks, and a saved position continues exactly.
     """
 
-    def __init__(self, files: dict[str, TokenFile] | list[TokenFile], seq_len: int, *, rank: int = 0,
-                 world_size: int = 1, seed: int = 0):
-        self.files = list(files.values()) if isinstance(files, dict) else list(files)
-        self.seq_len, self.rank, self.world_size, self.seed = seq_len, rank, world_size, seed
-        self.ends = np.cumsum([file.windows(seq_len) for file in self.files])  # (files,)
-        self.position, self._shuffled = 0, (-1, np.empty(0, np.int64))
-        if not len(self.ends) or not self.ends[-1]:
+    def __init__(self, files: dict[str, TokenFile], seq_len: int, *, rank: int = 0, world_size: int = 1, seed: int = 0):
+        self.files, self.seq_len, self.rank, self.world_size = list(files.values()), seq_len, rank, world_size
+        self.starts = [0, *accumulate(file.windows(seq_len) for file in self.files)]  # of each file, and the end
+        self.windows, self.seed, self.position = self.starts[-1], seed, 0
+        self._shuffled = -1, np.empty(0, np.int64)  # an epoch and its order
+        if not self.windows:
             raise UserError(f"the corpus has {sum(map(len, self.files)):,} tokens in its training part, wanted more "
                             f"than one sequence of {seq_len}: use more text or a smaller --seq_len")
 
-    @property
-    def epoch(self) -> int:
-        """How often every sequence has been shown."""
-        return self.position // int(self.ends[-1])
-
     def _window(self, position: int) -> Tensor:
-        epoch, place = divmod(position, int(self.ends[-1]))
+        epoch, place = divmod(position, self.windows)
         if self._shuffled[0] != epoch:
-            self._shuffled = epoch, np.random.default_rng([self.seed, epoch]).permutation(int(self.ends[-1]))
+            self._shuffled = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.windows)
         index = int(self._shuffled[1][place])
-        file = int(np.searchsorted(self.ends, index, side="right"))
-        return self.files[file].window(index - (int(self.ends[file - 1]) if file else 0), self.seq_len)
+        file = bisect_right(self.starts, index) - 1
+        return self.files[file].window(index - self.starts[file], self.seq_len)
 
     def next_batch(self, global_sequences: int) -> tuple[Tensor, Tensor]:
         """This rank's share of the next sequences: tokens and targets, (n / world_size, T) int64."""
@@ -108,7 +104,7 @@ class Loader:
 
     def state_dict(self) -> dict[str, int]:
         """Where the loader stands, and what this number counts."""
-        return {"position": self.position, "seed": self.seed, "seq_len": self.seq_len, "windows": int(self.ends[-1])}
+        return {"position": self.position, "seed": self.seed, "seq_len": self.seq_len, "windows": self.windows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from there. Raises UserError when the corpus or its cutting is another one."""
@@ -121,6 +117,6 @@ class Loader:
 
 def eval_batches(file: TokenFile, seq_len: int, batch: int, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The first `limit` sequences of a file, `batch` at a time: always the same ones, (n, T) each."""
-    count = min(limit, file.windows(seq_len))
-    for start in range(0, count, batch):
-        yield split_batch([file.window(i, seq_len) for i in range(start, min(start + batch, count))])
+    rows = [file.window(i, seq_len) for i in range(min(limit, file.windows(seq_len)))]
+    for start in range(0, len(rows), batch):
+        yield split_batch(rows[start : start + batch])

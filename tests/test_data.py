@@ -40,7 +40,7 @@ def test_an_epoch_shows_every_sequence_once_and_targets_follow(files):
     loader = Loader(files, 10, seed=3)
     tokens, targets = loader.next_batch(14)
     starts = [*range(0, 90, 10), *range(500, 550, 10)]
-    assert sorted(tokens[:, 0].tolist()) == starts and loader.epoch == 1
+    assert sorted(tokens[:, 0].tolist()) == starts and loader.position == loader.windows
     assert torch.equal(targets, tokens + 1)  # of files whose ids count up
     again = loader.next_batch(14)[0]
     assert sorted(again[:, 0].tolist()) == starts
@@ -89,7 +89,7 @@ def test_token_files_say_what_they_are(tmp_path):
     with pytest.raises(UserError, match="another number"):
         TokenFile(tmp_path / "short.bin")
     with pytest.raises(UserError, match="smaller --seq_len"):
-        Loader([wide], 64)
+        Loader({"wide": wide}, 64)
 
 
 def test_a_write_that_fails_leaves_no_file(tmp_path):
