@@ -408,20 +408,17 @@ def evaluate(model: Transformer, tokenizer, tasks: list[Task], config: RLConfig,
     A full one adds greedy decoding, pass@k, majority@k, harder questions and thinking budgets.
     """
     questions = draw_questions(tasks, "test", "held out", range(config.eval_questions))
-    knobs = {"max_new_tokens": config.max_new_tokens}
-    right, form, texts, lengths, asked = [], [], [], [], []
-    for start in range(0, len(questions), 16):
-        answers = ask(model, tokenizer, questions[start : start + 16], samples, folder, **knobs)
-        asked += [question.task for question in answers.questions for _ in range(samples)]
-        right.append(answers.part("accuracy") > 0)
-        form.append(answers.part("format"))
-        texts += answers.texts
-        lengths.append(answers.lengths.double())
-    right = torch.cat(right)  # (Q, n)
+    answers = [ask(model, tokenizer, questions[start : start + 16], samples, folder,
+                   max_new_tokens=config.max_new_tokens) for start in range(0, len(questions), 16)]
+    right = torch.cat([each.part("accuracy") > 0 for each in answers])  # (Q, n)
+    form = torch.cat([each.part("format") for each in answers])  # (Q, n)
+    lengths = torch.cat([each.lengths.double() for each in answers])  # (Q * n,)
+    texts = [text for each in answers for text in each.texts]
+    asked = [question.task for question in questions for _ in range(samples)]
     clean = {task: clean_forms(task) for task in tasks}
     readable = [is_readable(text, clean[task]) for task, text in zip(asked, texts)]
-    out = {"accuracy": mean_error(right.double().mean(1)), "format": float(torch.cat(form).mean()),
-           "readable": sum(readable) / len(texts), "length": float(torch.cat(lengths).mean()),
+    out = {"accuracy": mean_error(right.double().mean(1)), "format": float(form.mean()),
+           "readable": sum(readable) / len(texts), "length": float(lengths.mean()),
            "tries": sum(text.count("?") for text in texts) / len(texts), "styles": {}}
     habits = [task.style_of(text) for task, text in zip(asked, texts)]
     for habit in sorted(set(habits)):  # [share, accuracy] of each
@@ -487,17 +484,17 @@ def think_within(model, tokenizer, questions: list[Question], budget: int, folde
     """Accuracy (Q,) when a thought is cut after `budget` tokens and the answer is asked for at once."""
     begin, end = tokenizer.specials["<think>"], tokenizer.encode_trusted("</think><answer>")
     answers = ask(model, tokenizer, questions, samples, folder, max_new_tokens=budget + 1)
-    right, cut = answers.part("accuracy").flatten(), []  # (N,)
+    right, cut = answers.part("accuracy").flatten(), {}  # (N,); the thoughts that are cut, by their rows
     for row in range(len(right)):
         thought = answers.generation.completion(row)
         if thought[:1] == [begin] and end[0] not in thought:
-            cut.append((row, thought + end))
-    prompts = [tokenizer.encode_trusted(prompt_text(questions[row // samples].problem.question)) for row, _ in cut]
+            cut[row] = thought + end
     if cut:
-        made = generate(model, [prompt + forced for prompt, (_, forced) in zip(prompts, cut)], max_new_tokens=16,
+        prompts = [tokenizer.encode_trusted(prompt_text(questions[row // samples].problem.question)) for row in cut]
+        made = generate(model, [prompt + thought for prompt, thought in zip(prompts, cut.values())], max_new_tokens=16,
                         stop_ids=[tokenizer.eos_id], seed=budget)
-        for i, (row, forced) in enumerate(cut):
-            text = tokenizer.decode(forced + made.completion(i))
+        for i, (row, thought) in enumerate(cut.items()):
+            text = tokenizer.decode(thought + made.completion(i))
             right[row] = judge(questions[row // samples], text, folder)["accuracy"]
     return right.view(-1, samples).mean(1)
 
