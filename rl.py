@@ -247,7 +247,7 @@ class Question:
 class Answers:
     """G answers to each of Q questions, row by row as in `generation`, and what the rules say of them."""
 
-    questions: list[Question]
+    questions: list[Question]  # (N,) of each answer
     generation: Generation
     texts: list[str]  # (N,) whole completions
     parts: list[dict[str, float]]  # (N,) accuracy, format, ... of each
@@ -280,10 +280,10 @@ def ask(model: Transformer, tokenizer, questions: list[Question], num_samples: i
     made = generate(model, prompts, num_samples=num_samples, stop_ids=[tokenizer.eos_id],
                     seed=[q.seed for q in questions], **sampling)
     texts = [tokenizer.decode(made.completion(row)) for row in range(len(made.tokens))]
-    parts = [judge(questions[row // num_samples], text, folder) for row, text in enumerate(texts)]
-    rewards = torch.tensor([each["total"] for each in parts], dtype=torch.float64)
-    rewards = rewards.view(len(questions), num_samples)
-    return Answers(questions, made, texts, parts, rewards)
+    asked = [question for question in questions for _ in range(num_samples)]
+    parts = [judge(question, text, folder) for question, text in zip(asked, texts)]
+    rewards = torch.tensor([each["total"] for each in parts], dtype=torch.float64).view(-1, num_samples)
+    return Answers(asked, made, texts, parts, rewards)
 
 
 def judge(question: Question, text: str, folder: Path) -> dict[str, float]:
@@ -414,7 +414,7 @@ def evaluate(model: Transformer, tokenizer, tasks: list[Task], config: RLConfig,
     form = torch.cat([each.part("format") for each in answers])  # (Q, n)
     lengths = torch.cat([each.lengths.double() for each in answers])  # (Q * n,)
     texts = [text for each in answers for text in each.texts]
-    asked = [question.task for question in questions for _ in range(samples)]
+    asked = [question.task for each in answers for question in each.questions]
     clean = {task: clean_forms(task) for task in tasks}
     readable = [is_readable(text, clean[task]) for task, text in zip(asked, texts)]
     out = {"accuracy": mean_error(right.double().mean(1)), "format": float(form.mean()),
@@ -490,12 +490,12 @@ def think_within(model, tokenizer, questions: list[Question], budget: int, folde
         if thought[:1] == [begin] and end[0] not in thought:
             cut[row] = thought + end
     if cut:
-        prompts = [tokenizer.encode_trusted(prompt_text(questions[row // samples].problem.question)) for row in cut]
+        prompts = [tokenizer.encode_trusted(prompt_text(answers.questions[row].problem.question)) for row in cut]
         made = generate(model, [prompt + thought for prompt, thought in zip(prompts, cut.values())], max_new_tokens=16,
                         stop_ids=[tokenizer.eos_id], seed=budget)
         for i, (row, thought) in enumerate(cut.items()):
             text = tokenizer.decode(thought + made.completion(i))
-            right[row] = judge(questions[row // samples], text, folder)["accuracy"]
+            right[row] = judge(answers.questions[row], text, folder)["accuracy"]
     return right.view(-1, samples).mean(1)
 
 
@@ -578,16 +578,13 @@ class RLTrainer:
         """Answers to this rank's questions; a dead group is replaced up to `resample` times (DAPO)."""
         config = self.config
         slots = range(self.world.rank, config.questions, self.world.world_size)
-        answers = first = self.ask(slots, 0)
-        dead, asked = int(is_dead(first.rewards).sum()), len(slots)
-        for attempt in range(1, config.resample + 1):
+        rollouts = [self.ask(slots, 0)]
+        answers = rollouts[0]
+        while len(rollouts) <= config.resample and is_dead(answers.rewards).any():
             groups = is_dead(answers.rewards).nonzero().flatten().tolist()
-            if not groups:
-                break
-            fresh = self.ask([slots[group] for group in groups], attempt)
-            dead, asked = dead + int(is_dead(fresh.rewards).sum()), asked + len(groups)
-            answers = swap(answers, fresh, groups)
-        return answers, self.measure(first, dead, asked)
+            rollouts.append(self.ask([slots[group] for group in groups], len(rollouts)))
+            answers = swap(answers, rollouts[-1], groups)
+        return answers, self.measure(rollouts)
 
     def ask(self, slots, attempt: int) -> Answers:
         """The questions of these slots of the present step, answered by the policy."""
@@ -599,27 +596,26 @@ class RLTrainer:
                    top_p=config.top_p, keep_routing=config.keep_routing,
                    keep_sampling_mask=config.keep_sampling_mask and is_cut)
 
-    def measure(self, answers: Answers, dead: int, asked: int) -> dict[str, float]:
-        """Means over the answers of all ranks, and quartiles of their lengths."""
-        N, G, made = len(answers.texts), self.config.group_size, answers.generation
-        style = Counter(answers.questions[row // G].task.style_of(text) for row, text in enumerate(answers.texts))
-        style["other"] = N - sum(style[name] for name in self.styles)
-        sums = {"reward": answers.rewards.sum(), "accuracy": answers.part("accuracy").sum(),
-                "format": answers.part("format").sum(), "language": answers.part("language").sum(),
-                "truncated": (~made.finished).sum(),
-                "entropy": made.entropy.sum(), "tokens": made.mask.sum(), "answers": N, "dead": dead,
-                "asked": asked} | {"style_" + name: style[name] for name in self.styles}
+    def measure(self, rollouts: list[Answers]) -> dict[str, float]:
+        """Means over the first answers of all ranks, quartiles of their lengths, and dead groups of all rollouts."""
+        answers, made = rollouts[0], rollouts[0].generation
+        style = Counter(question.task.style_of(text) for question, text in zip(answers.questions, answers.texts))
+        style["other"] = len(answers.texts) - sum(style[name] for name in self.styles)
+        sums = {"reward": answers.rewards.sum(), "truncated": (~made.finished).sum(), "entropy": made.entropy.sum(),
+                "length": made.mask.sum(), "answers": len(answers.texts),
+                "dead": sum(is_dead(each.rewards).sum() for each in rollouts),
+                "asked": sum(len(each.rewards) for each in rollouts)}
+        sums |= {name: answers.part(name).sum() for name in ("accuracy", "format", "language")}
+        sums |= {"style_" + name: style[name] for name in self.styles}
         histogram = torch.bincount(answers.lengths.cpu(), minlength=self.config.max_new_tokens + 1)
         flat = torch.cat([torch.tensor([float(value) for value in sums.values()]), histogram]).double()
         flat = self.world.all_reduce_sum(flat.to(self.world.device)).tolist()
         total = dict(zip(sums, flat))
         histogram = torch.tensor(flat[len(sums) :])
         quartile = [int((histogram.cumsum(0) < share * histogram.sum()).sum()) for share in (0.25, 0.75)]
-        per_answer = {"entropy": "tokens", "dead": "asked"}
-        means = {name: total[name] / total[per_answer.get(name, "answers")]
-                 for name in total if name not in ("tokens", "answers", "asked")}
-        return means | {"length": total["tokens"] / total["answers"], "length_q1": quartile[0],
-                        "length_q3": quartile[1]}
+        counted_in = {"entropy": "length", "dead": "asked"}  # tokens, groups; the others in answers
+        means = {name: total[name] / total[counted_in.get(name, "answers")] for name in total}
+        return means | {"length_q1": quartile[0], "length_q3": quartile[1]}
 
     def learn(self, batch: Batch) -> dict[str, float]:
         """Old and reference log-probs, then `updates` optimizer steps on all answers."""
@@ -761,11 +757,14 @@ def freeze(model: Transformer, train_router: bool) -> None:
 
 def swap(answers: Answers, fresh: Answers, groups: list[int]) -> Answers:
     """`answers` with the given groups replaced by those of `fresh`, in order."""
-    Q, G = answers.rewards.shape
-    order = list(range(Q))
+    (Q, G), N = answers.rewards.shape, len(answers.texts)
+    rows = list(range(N))  # of both, one behind the other
     for i, group in enumerate(groups):
-        order[group] = Q + i
-    rows = [group * G + i for group in order for i in range(G)]
+        rows[group * G : (group + 1) * G] = range(N + i * G, N + (i + 1) * G)
+
+    def pick(one: list, two: list) -> list:
+        both = one + two
+        return [both[row] for row in rows]
 
     def merge(one, two):
         if one is None or isinstance(one, list):
@@ -777,11 +776,9 @@ def swap(answers: Answers, fresh: Answers, groups: list[int]) -> Answers:
 
     old, new = answers.generation, fresh.generation
     made = Generation(**{each.name: merge(getattr(old, each.name), getattr(new, each.name)) for each in fields(old)})
-    questions, texts = answers.questions + fresh.questions, answers.texts + fresh.texts
-    parts = answers.parts + fresh.parts
-    rewards = torch.cat([answers.rewards, fresh.rewards])[order]
-    return Answers([questions[i] for i in order], made, [texts[row] for row in rows],
-                   [parts[row] for row in rows], rewards)
+    rewards = merge(answers.rewards.flatten(), fresh.rewards.flatten()).view(Q, G)
+    return Answers(pick(answers.questions, fresh.questions), made, pick(answers.texts, fresh.texts),
+                   pick(answers.parts, fresh.parts), rewards)
 
 
 # ------------------------------------------------------------------------------------------------- seeing
@@ -952,21 +949,20 @@ class Recipe:
     def good_samples(self, path: Path, tasks: list[Task], count: int) -> list[tuple[str, str]]:
         """Rejection sampling: what this checkpoint answers correctly and readably, at most one per question and
         `count` in all. Raises UserError when hardly anything is."""
-        model, kept = load_pretrained(path, self.config.impl, self.world.device), []
+        model, kept = load_pretrained(path, self.config.impl, self.world.device), {}
         clean = {task: clean_forms(task) for task in tasks}
         for start in range(0, 8 * count, 64):
             questions = draw_questions(tasks, "train", f"rejection {self.config.seed}", range(start, start + 64))
             answers = ask(model, self.tokenizer, questions, 4, path, max_new_tokens=self.config.max_new_tokens)
-            for i, question in enumerate(questions):
-                good = [text for text, parts in zip(answers.texts[4 * i : 4 * i + 4], answers.parts[4 * i : 4 * i + 4])
-                        if parts["accuracy"] == 1 and is_readable(text, clean[question.task])]
-                kept += [(question.problem.question, text) for text in good[:1]]
+            for question, text, parts in zip(answers.questions, answers.texts, answers.parts):
+                if parts["accuracy"] == 1 and is_readable(text, clean[question.task]):
+                    kept.setdefault(question.seed, (question.problem.question, text))
             if len(kept) >= count:
-                return kept[:count]
+                break
         if len(kept) < count // 8:
             raise UserError(f"{path}: {len(kept)} of {8 * count} questions had a correct and readable answer, wanted "
                             f"{count // 8} or more: a better base, or more --steps")
-        return kept
+        return list(kept.values())[:count]
 
     def plain_text(self):
         """A loader of the pretraining corpus without its reasoning; None when the base does not name its corpus."""

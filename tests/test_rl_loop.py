@@ -255,14 +255,14 @@ def test_dead_groups_are_replaced_and_the_others_stay(trainer):
     again, _ = trainer(task="toy:Half", questions=12, resample=6, name="again").rollout()
     G = run.config.group_size
     for group in range(12):
-        same = again.questions[group].problem == first.questions[group].problem
+        same = again.questions[group * G].problem == first.questions[group * G].problem
         assert same != bool(dead[group])
         if same:
             assert again.texts[group * G : group * G + G] == first.texts[group * G : group * G + G]
             assert torch.equal(again.rewards[group], first.rewards[group])
     for row, text in enumerate(again.texts):  # text, tokens, reward and question of a row belong together
         assert run.tokenizer.decode(again.generation.completion(row)) == text
-        reward = rl.reward_total(load_task("toy:Half").reward(again.questions[row // G].problem, text))
+        reward = rl.reward_total(load_task("toy:Half").reward(again.questions[row].problem, text))
         assert reward == again.rewards[row // G, row % G]
 
 
