@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import train
 from data import UserError, plot
@@ -52,6 +52,7 @@ RECIPES = {  # the program of each, and knobs that fit it; a flag on the command
 SFT_BATCH, SFT_LENGTH = 64, 96  # sequences of a step of supervised fine-tuning, and their tokens
 HARDER = {"chain": ("terms", (4, 6, 8, 10, 12)), "countdown": ("count", (2, 3, 4)), "findtwo": ("count", (4, 6, 8)),
           "compare": ("digits", (3, 4)), "multiply": ("digits", (2, 3)), "sort": ("count", (6, 8))}
+NOTES = ("step", "seconds", "before", "strips", "hopeless")  # what a run saves besides tensors
 PATIENCE = 20  # steps without a single right answer or difference in reward before the run gives up
 
 # --------------------------------------------------------------------------------------------- the knobs
@@ -515,6 +516,7 @@ class RLTrainer:
         self.folder, self.world = folder, world
         freeze(model, config.train_router)
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_beta else None
+        self.models = nn.ModuleDict({"model": model} | ({"reference": self.reference} if self.reference else {}))
         self.wrapped = world.wrap(model)
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay)
         known = [*(style for task in tasks for style in task.styles), "correction", "search", "other"]
@@ -717,25 +719,18 @@ class RLTrainer:
         """First the checkpoint directory for others, then the state for ourselves."""
         if self.world.is_main:
             save_pretrained(self.model, self.folder.path, self.tokenizer)
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        if self.reference:
-            tensors |= {f"reference.{name}": tensor for name, tensor in self.reference.state_dict().items()}
-        tensors |= optimizer_tensors(self.model, self.optimizer)
+        tensors = self.models.state_dict() | optimizer_tensors(self.model, self.optimizer)
         if self.loads:
             tensors["loads"] = torch.stack(self.loads)  # (steps, MoE layers, E)
-        self.folder.save(tensors, {"step": self.step, "seconds": self.seconds, "before": self.before,
-                                   "strips": self.strips, "hopeless": self.hopeless})
+        self.folder.save(tensors, {name: getattr(self, name) for name in NOTES})
         self.world.barrier()
 
     def restore(self, tensors: dict[str, Tensor], notes: dict) -> None:
         """Take up where `save` left off; all chance comes from (seed, step), so there is no random state."""
-        for model, prefix in ((self.model, "model."), (self.reference, "reference.")):
-            if model:
-                model.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in tensors.items()
-                                       if name.startswith(prefix)})
+        self.models.load_state_dict({name: tensors[name] for name in self.models.state_dict()})
         load_optimizer(self.model, self.optimizer, tensors)
         self.loads = list(tensors.get("loads", ()))
-        for name in ("step", "seconds", "before", "strips", "hopeless"):
+        for name in NOTES:
             setattr(self, name, notes[name])
 
     def draw(self) -> None:
