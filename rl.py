@@ -1081,26 +1081,23 @@ def check_room(config: RLConfig, model: Transformer, tokenizer, tasks: list[Task
 
 def report(before: dict, after: dict) -> list[str]:
     """Two full evaluations side by side, as the lines of a table."""
-    def pair(name: str, one, two) -> str:
-        cells = (f"{100 * value[0]:.1f} ± {100 * value[1]:.1f} %" if isinstance(value, list) else f"{value:.1f}  "
-                 for value in (one, two))
-        return f"{name:26}" + "".join(f"{cell:>16}" for cell in cells)
+    def column(found: dict) -> dict[str, str]:
+        shares = {"pass@1, sampled": found["accuracy"], "pass@1, greedy": found["greedy"]}
+        shares |= {f"{kind}@{k}": found[kind][k] for kind in ("pass", "majority") for k in list(found[kind])[1:]}
+        shares |= found["harder"]
+        cells = {name: f"{100 * mean:.1f} ± {100 * error:.1f} %" for name, (mean, error) in shares.items()}
+        for name, key, unit in (("format in %", "format", 100), ("readable in %", "readable", 100),
+                                ("length in tokens", "length", 1), ("tries (?)", "tries", 1)):
+            if before[key] or after[key]:
+                cells[name] = f"{unit * found[key]:.1f}  "
+        for style in sorted(before["styles"] | after["styles"]):
+            share, right = found["styles"].get(style, (0, 0))
+            cells[f"{style}: share, right"] = f"{100 * share:.0f} %{100 * right:4.0f} %"
+        return cells
 
-    lines = [f"{'':26}{'the base':>16}{'after RL':>16}"]
-    for name, key in (("pass@1, sampled", "accuracy"), ("pass@1, greedy", "greedy")):
-        lines.append(pair(name, before[key], after[key]))
-    for kind in ("pass", "majority"):
-        lines += [pair(f"{kind}@{k}", before[kind][k], after[kind][k]) for k in list(before[kind])[1:]]
-    lines += [pair(name, before["harder"][name], after["harder"][name]) for name in before["harder"]]
-    for name, key, unit in (("format in %", "format", 100), ("readable in %", "readable", 100),
-                            ("length in tokens", "length", 1), ("tries (?)", "tries", 1)):
-        if before[key] or after[key]:
-            lines.append(pair(name, unit * before[key], unit * after[key]))
-    for style in sorted(before["styles"] | after["styles"]):
-        cells = (each["styles"].get(style, (0, 0)) for each in (before, after))
-        cells = (f"{100 * share:.0f} %{100 * right:4.0f} %" for share, right in cells)
-        lines.append(f"{style + ': share, right':26}" + "".join(f"{cell:>16}" for cell in cells))
-    return lines
+    left, right = column(before), column(after)
+    rows = [("", "the base", "after RL"), *zip(left, left.values(), right.values())]
+    return [f"{name:26}{one:>16}{two:>16}" for name, one, two in rows]
 
 
 def time_split(rows: list[dict]) -> str:
