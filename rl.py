@@ -630,15 +630,14 @@ class RLTrainer:
                 if self.reference:
                     micro.ref_logps = score(self.reference, replace(micro, replay=None), config.temperature)
         scored = time.monotonic()
-        values = first = self.update(micros, is_first=True)
+        values = self.update(micros, is_first=True)
         for _ in range(config.updates - 1):
-            values = self.update(micros, is_first=False)
-        values["ratio_gap"] = first["ratio_gap"]
+            values = self.update(micros, is_first=False) | {"ratio_gap": values["ratio_gap"]}
         return values | {"score_s": scored - start, "update_s": time.monotonic() - scored}
 
     def update(self, micros: list[Batch], is_first: bool) -> dict[str, float]:
         """One optimizer step; before the first of a rollout, sampler and trainer must agree."""
-        config, sums, gap = self.config, Counter(), torch.zeros(())
+        config, sums, gap = self.config, Counter(), 0.0
         for i, micro in enumerate(micros):
             is_last = i == len(micros) - 1
             with nullcontext() if is_last or self.wrapped is self.model else self.wrapped.no_sync():
@@ -744,10 +743,10 @@ class RLTrainer:
 
 def freeze(model: Transformer, train_router: bool) -> None:
     """What RL leaves as it is: the MTP modules, and the routers unless they are to be trained."""
+    for _, moe in model.moe_layers():
+        moe.gate.weight.requires_grad_(train_router)
     for module in model.model.layers[model.config.num_hidden_layers :]:
         module.requires_grad_(False)
-    for _, moe in model.moe_layers():
-        moe.gate.weight.requires_grad_(train_router and moe.gate.weight.requires_grad)
 
 
 def swap(answers: Answers, fresh: Answers, groups: list[int]) -> Answers:
