@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -793,10 +794,8 @@ def strip(questions: list[Question], before: list, after: list, width: int = 44)
         sides = []
         for _, texts, right in (before, after):
             text = " ".join(texts[i].split()) + ("  ✓" if right[i] else "  ✗")
-            sides.append(textwrap.wrap(text, width, break_on_hyphens=False) or [""])
-        height = max(map(len, sides))
-        left, right = (side + [""] * (height - len(side)) for side in sides)
-        lines += [f"{one:{width}} │ {two}" for one, two in zip(left, right)]
+            sides.append(textwrap.wrap(text, width, break_on_hyphens=False))
+        lines += [f"{one:{width}} │ {two}" for one, two in zip_longest(*sides, fillvalue="")]
     return "\n".join(lines)
 
 
