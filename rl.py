@@ -218,10 +218,9 @@ def policy_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor, advantages:
     high = knobs.clip_eps if knobs.clip_eps_high is None else knobs.clip_eps_high
     clipped = judged.clamp(1 - knobs.clip_eps, 1 + high)
     gain = torch.minimum(judged * A, clipped * A)
-    is_dropped = torch.zeros_like(A, dtype=torch.bool)  # (N, 1)
-    if knobs.off_policy_delta is not None:
-        is_dropped = (A < 0) & (-drift > knobs.off_policy_delta)
-        gain = gain.masked_fill(is_dropped, 0)
+    delta = math.inf if knobs.off_policy_delta is None else knobs.off_policy_delta
+    is_dropped = (A < 0) & (-drift > delta)  # (N, 1)
+    gain = gain.masked_fill(is_dropped, 0)
     log_rho = (ref_logps - logps).masked_fill(~mask, 0)  # (N, T)
     leash = log_rho.exp() - log_rho - 1
     if knobs.unbiased_kl:
@@ -567,10 +566,8 @@ class RLTrainer:
     def advance(self) -> dict[str, float]:
         """One rollout and its updates; returns the columns of the log."""
         start = time.monotonic()
-        answers, measured = self.rollout()
-        rollout_s = time.monotonic() - start
-        batch = make_batch(answers, self.config)
-        values = measured | {"rollout_s": rollout_s} | self.learn(batch)
+        answers, values = self.rollout()
+        values |= self.learn(make_batch(answers, self.config))
         if self.reference and (self.step + 1) % self.config.reference_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
         self.step += 1
@@ -579,7 +576,7 @@ class RLTrainer:
 
     def rollout(self) -> tuple[Answers, dict[str, float]]:
         """Answers to this rank's questions; a dead group is replaced up to `resample` times (DAPO)."""
-        config = self.config
+        config, start = self.config, time.monotonic()
         slots = range(self.world.rank, config.questions, self.world.world_size)
         rollouts = [self.ask(slots, 0)]
         answers = rollouts[0]
@@ -587,7 +584,7 @@ class RLTrainer:
             groups = is_dead(answers.rewards).nonzero().flatten().tolist()
             rollouts.append(self.ask([slots[group] for group in groups], len(rollouts)))
             answers = swap(answers, rollouts[-1], groups)
-        return answers, self.measure(rollouts)
+        return answers, self.measure(rollouts) | {"rollout_s": time.monotonic() - start}
 
     def ask(self, slots, attempt: int) -> Answers:
         """The questions of these slots of the present step, answered by the policy."""
@@ -859,6 +856,7 @@ class Recipe:
     def __init__(self, config: RLConfig, world: Dist):
         self.config, self.world, self.table = config, world, {}
         self.tasks = [load_task(name) for name in config.task.split(",")]
+        self.groups = [tasks for tasks in (self.tasks[:1], self.tasks[1:]) if tasks]  # examined apart
         self.tokenizer = load_tokenizer(open_base(config.base))
 
     def rl(self, label: str, base: Path, task: str, **changes) -> Path:
@@ -904,20 +902,19 @@ class Recipe:
         return path
 
     def exam(self, label: str, path: Path) -> None:
-        """Held-out questions of the first task, and of all of them: a row of the table."""
+        """Held-out questions of the first task, and of the others: a row of the table."""
         file = Path(self.config.out) / f"{self.config.name}-{label}" / "exam.json"  # another recipe asks otherwise
         if not file.exists() and self.world.is_main:
             model = load_pretrained(path, self.config.impl, self.world.device)
-            found = [evaluate(model, self.tokenizer, tasks, self.config, path, 8, is_full=False)
-                     for tasks in (self.tasks[:1], self.tasks[1:]) if tasks]
-            write_json(file, found)
+            write_json(file, [evaluate(model, self.tokenizer, tasks, self.config, path, 8, is_full=False)
+                              for tasks in self.groups])
         self.world.barrier()
         self.table[label] = json.loads(file.read_text())
 
     def report(self, title: str) -> None:
         """The table of all stages, printed and kept in out/<name>.txt."""
-        groups = [", ".join(task.name for task in tasks) for tasks in (self.tasks[:1], self.tasks[1:]) if tasks]
-        head = [f"pass@1 {names}" for names in groups] + ["format", "readable", "length"]
+        groups = [f"pass@1 {', '.join(task.name for task in tasks)}" for tasks in self.groups]
+        head = [*groups, "format", "readable", "length"]
         lines = [title, f"{'':20}" + "".join(f"{name:>{len(name) + 3}}" for name in head)]
         for label, found in self.table.items():
             shares = [each["accuracy"][0] for each in found] + [found[0]["format"], found[0]["readable"]]
