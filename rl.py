@@ -23,7 +23,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import zip_longest
+from itertools import cycle, islice, zip_longest
 from pathlib import Path
 
 import torch
@@ -440,7 +440,7 @@ def full_evaluation(model, tokenizer, tasks, config: RLConfig, folder, questions
     out = {"greedy": mean_error(greedy.part("accuracy").squeeze(1)), "harder": {}}
     out["pass"] = {k: mean_error(pass_at_k(right, k)) for k in powers}
     out["majority"] = {k: mean_error(majority_at_k(votes, right, k)) for k in powers}
-    out["budget"] = {b: mean_error(think_within(model, tokenizer, questions, b, folder, config))
+    out["budget"] = {b: mean_error(think_within(model, tokenizer, questions, b, folder))
                      for b in (0, 4, 8, 16, 32, 64) if b < config.max_new_tokens}
     for task in tasks:
         key, values = HARDER.get(task.name, ("", ()))
@@ -480,8 +480,7 @@ def is_readable(text: str, clean: set[str] | None) -> bool:
     return parts is not None and (clean is None or forms_of(parts[0]) <= clean)
 
 
-def think_within(model, tokenizer, questions: list[Question], budget: int, folder: Path, config: RLConfig,
-                 samples: int = 4) -> Tensor:
+def think_within(model, tokenizer, questions: list[Question], budget: int, folder: Path, samples: int = 4) -> Tensor:
     """Accuracy (Q,) when a thought is cut after `budget` tokens and the answer is asked for at once."""
     begin, end = tokenizer.specials["<think>"], tokenizer.encode_trusted("</think><answer>")
     answers = ask(model, tokenizer, questions, samples, folder, max_new_tokens=budget + 1)
@@ -806,34 +805,31 @@ class Stopped(Exception):
 class Examples:
     """Questions and answers for train.py's loop: the question carries no loss, the stop token does.
 
-    texts: (question, answer) pairs. Every `plain_every`-th sequence is plain text of another loader, whole.
+    texts: (question, answer) pairs. Every fourth sequence is plain text of another loader, whole.
     The order is a matter of seed and position alone.
     """
 
-    def __init__(self, texts: list[tuple[str, str]], tokenizer, seq_len: int, world: Dist, seed: int,
-                 plain=None, plain_every: int = 4):
+    def __init__(self, texts: list[tuple[str, str]], tokenizer, seq_len: int, world: Dist, seed: int, plain=None):
         self.rows = [(tokenizer.encode_trusted(prompt_text(question)), tokenizer.encode_trusted(answer + EOS))
                      for question, answer in texts]
         self.rows = [(prompt, answer) for prompt, answer in self.rows if len(prompt) + len(answer) <= seq_len + 1]
         if not self.rows:
             raise UserError(f"no example fits into {seq_len} tokens")
-        self.seq_len, self.world, self.seed, self.position = seq_len, world, seed, 0
-        self.plain, self.plain_every = plain, plain_every
+        self.seq_len, self.world, self.seed, self.plain, self.position = seq_len, world, seed, plain, 0
 
     def next_batch(self, sequences: int) -> tuple[Tensor, Tensor]:
         """This rank's tokens and targets, (n, T) each; targets are IGNORE on prompt and padding."""
-        count = sequences // self.plain_every if self.plain else 0
+        count = sequences // 4 if self.plain else 0
         mine = range(self.position + self.world.rank, self.position + sequences - count, self.world.world_size)
         self.position += sequences - count
-        pairs = [self.row(random.Random(f"{self.seed} {place}").choice(self.rows)) for place in mine]
+        pairs = [self.row(*random.Random(f"{self.seed} {place}").choice(self.rows)) for place in mine]
         tokens, targets = (torch.stack(side) for side in zip(*pairs))
         if count:
             tokens, targets = (torch.cat(both) for both in zip((tokens, targets), self.plain.next_batch(count)))
         return tokens, targets
 
-    def row(self, example: tuple[list[int], list[int]]) -> tuple[Tensor, Tensor]:
+    def row(self, prompt: list[int], answer: list[int]) -> tuple[Tensor, Tensor]:
         """One example as tokens and targets, (T,) each."""
-        prompt, answer = example
         blank = [answer[-1]] * (self.seq_len + 1 - len(prompt) - len(answer))
         targets = [IGNORE] * (len(prompt) - 1) + answer + [IGNORE] * len(blank)
         return torch.tensor((prompt + answer + blank)[:-1]), torch.tensor(targets)
@@ -928,12 +924,10 @@ class Recipe:
     def clean_traces(self, tasks: list[Task], count: int) -> list[tuple[str, str]]:
         """Long, clean answers in tags, written by the tasks themselves: each the longer of two."""
         rng, pairs = random.Random(f"traces {self.config.seed}"), []
-        for i in range(count):
-            task = tasks[i % len(tasks)]
-            two = [(problem, task.trace(problem, rng, style=clean_style(task), tagged=True))
+        for task in islice(cycle(tasks), count):
+            two = [(problem.question, task.trace(problem, rng, style=clean_style(task), tagged=True))
                    for problem in (task.problem(rng), task.problem(rng))]
-            problem, trace = max(two, key=lambda pair: len(pair[1]))
-            pairs.append((problem.question, trace))
+            pairs.append(max(two, key=lambda pair: len(pair[1])))
         return pairs
 
     def good_samples(self, path: Path, tasks: list[Task], count: int) -> list[tuple[str, str]]:
@@ -985,16 +979,16 @@ def recipe_r1(recipe: Recipe) -> None:
 
 def recipe_distill(recipe: Recipe) -> None:
     """A smaller model taught by R1's correct samples, beside RL on the small one itself (R1 section 4.1)."""
-    config = recipe.config
-    teachers = [Path(config.out) / name for name in ("r1-4-all", "rl")]
+    out, reasoning = recipe.config.out, recipe.config.task.split(",")[0]
+    teachers = [Path(out) / name for name in ("r1-4-all", "rl")]
     teacher = next((path for path in teachers if (path / "config.json").exists()), None)
     if teacher is None:
-        raise UserError(f"distill: no teacher in {config.out}: python rl.py --recipe r1, or python rl.py, makes one")
+        raise UserError(f"distill: no teacher in {out}: python rl.py --recipe r1, or python rl.py, makes one")
     small = recipe.stage("0-small", lambda path, is_begun: pretrain_small(recipe, path, is_begun))
     recipe.exam("teacher", teacher)
     taught = recipe.sft("1-taught", small, lambda: recipe.good_samples(teacher, recipe.tasks[:1], 1500))
-    recipe.rl("2-small-rl", small, recipe.config.task.split(",")[0])
-    recipe.rl("3-taught-rl", taught, recipe.config.task.split(",")[0])
+    recipe.rl("2-small-rl", small, reasoning)
+    recipe.rl("3-taught-rl", taught, reasoning)
     recipe.report(f"distillation: the small model is taught by {teacher}")
 
 

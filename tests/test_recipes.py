@@ -65,7 +65,7 @@ def test_plain_text_is_mixed_in_whole():
         def next_batch(self, count):
             return torch.full((count, 24), 7), torch.full((count, 24), 8)
 
-    loader = Examples([("1+1=", "2")], load_tokenizer("plainseek:1024"), 24, Dist(), 0, Plain(), plain_every=4)
+    loader = Examples([("1+1=", "2")], load_tokenizer("plainseek:1024"), 24, Dist(), 0, Plain())
     tokens, targets = loader.next_batch(16)
     assert tokens.shape == (16, 24) and (targets == 8).all(1).sum() == 4 and loader.position == 12
 
