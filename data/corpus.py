@@ -143,12 +143,11 @@ def folder_documents(path: Path, log: Callable = print) -> Iterator[Document]:
     """
     is_empty, foreign = True, []
     for file in folder_files(path):
-        raw = file.read_bytes()
         try:
-            text = raw.decode("utf-8")
+            text = file.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
-            text = ""
-        if raw and (not text or "\0" in text):
+            text = "\0"  # as binary files have
+        if "\0" in text:
             foreign.append(file)
             continue
         for part in cut(text, "\n\n", min(8_000, max(500, len(text) // 200))):

@@ -89,20 +89,19 @@ def parse_expression(text: str) -> tuple[Fraction, list[int]] | None:
     if len(text) > 80 or not re.fullmatch(r"[0-9+\-*/() ]+", text) or re.search(r"[0-9]{5}", text):
         return None
     try:
-        numbers: list[int] = []
-        return _value(ast.parse(text.strip(), mode="eval").body, numbers), numbers
+        value = _value(ast.parse(text.strip(), mode="eval").body)
     except (SyntaxError, ValueError, ZeroDivisionError, RecursionError, MemoryError):
         return None
+    return value, [int(number) for number in re.findall("[0-9]+", text)]
 
 
-def _value(node: ast.AST, numbers: list[int]) -> Fraction:
-    if isinstance(node, ast.Constant) and type(node.value) is int:
-        numbers.append(node.value)
+def _value(node: ast.AST) -> Fraction:
+    if isinstance(node, ast.Constant):  # an integer: the signs of anything else were refused
         return Fraction(node.value)
     signs = {ast.Add: "+", ast.Sub: "-", ast.Mult: "*", ast.Div: "/"}
     if not isinstance(node, ast.BinOp) or type(node.op) not in signs:
         raise ValueError("only integers and + - * / are allowed")
-    return OPERATORS[signs[type(node.op)]](_value(node.left, numbers), _value(node.right, numbers))
+    return OPERATORS[signs[type(node.op)]](_value(node.left), _value(node.right))
 
 
 class Task:
