@@ -513,7 +513,10 @@ class RLTrainer:
                  world: Dist):
         self.config, self.model, self.tokenizer, self.tasks = config, model, tokenizer, tasks
         self.folder, self.world = folder, world
-        freeze(model, config.train_router)
+        for _, moe in model.moe_layers():
+            moe.gate.weight.requires_grad_(config.train_router)
+        for module in model.model.layers[model.config.num_hidden_layers :]:  # MTP
+            module.requires_grad_(False)
         self.reference = copy.deepcopy(model).requires_grad_(False) if config.kl_beta else None
         self.models = nn.ModuleDict({"model": model} | ({"reference": self.reference} if self.reference else {}))
         self.wrapped = world.wrap(model)
@@ -555,7 +558,11 @@ class RLTrainer:
     def finish(self, after: dict) -> None:
         """The base beside the policy: report.txt, report.json and thinking.png."""
         if self.world.is_main:
-            text = "\n".join([*report(self.before, after), time_split(self.folder.rows())])
+            rows, parts = self.folder.rows(), ("rollout", "score", "update")
+            took = [sum(float(row[f"{part}_s"]) for row in rows) for part in parts]
+            shares = [f"{part} {100 * seconds / sum(took):.0f} %" for part, seconds in zip(parts, took)]
+            text = "\n".join([*report(self.before, after),
+                              f"time        {minutes(sum(took))}: {', '.join(shares)}; evaluation apart"])
             print("\n" + text)
             with written_aside(self.folder.path / "report.txt") as aside:
                 aside.write_text(text + "\n")
@@ -736,14 +743,6 @@ class RLTrainer:
             names = layer_names(self.model)[: self.loads[0].shape[0]]
             plot.expert_load_figure(self.folder.path / "expert_load.png", torch.stack(self.loads),
                                     list(range(1, len(self.loads) + 1)), names, "update")
-
-
-def freeze(model: Transformer, train_router: bool) -> None:
-    """What RL leaves as it is: the MTP modules, and the routers unless they are to be trained."""
-    for _, moe in model.moe_layers():
-        moe.gate.weight.requires_grad_(train_router)
-    for module in model.model.layers[model.config.num_hidden_layers :]:
-        module.requires_grad_(False)
 
 
 def swap(answers: Answers, fresh: Answers, groups: list[int]) -> Answers:
@@ -1087,13 +1086,6 @@ def report(before: dict, after: dict) -> list[str]:
     left, right = column(before), column(after)
     rows = [("", "the base", "after RL"), *zip(left, left.values(), right.values())]
     return [f"{name:26}{one:>16}{two:>16}" for name, one, two in rows]
-
-
-def time_split(rows: list[dict]) -> str:
-    """Where the time of a run went, from its log."""
-    sums = [sum(float(row[name]) for row in rows) for name in ("rollout_s", "score_s", "update_s")]
-    shares = (f"{name} {100 * part / sum(sums):.0f} %" for name, part in zip(("rollout", "score", "update"), sums))
-    return f"time        {minutes(sum(sums))}: {', '.join(shares)}; evaluation apart"
 
 
 def main(argv: list[str]) -> None:
