@@ -458,16 +458,18 @@ E4M3_MAX = 448.0
 LEAST = 1e-30  # so that a block of zeros has a scale; DeepSeek's code takes 1e-4 for activations
 
 
-def quantise(x: Tensor, rows: int, least: float = LEAST) -> tuple[Tensor, Tensor]:
+def quantise(x: Tensor, rows: int, least: float = LEAST, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
     """E4M3 codes of x (M, K) and the float32 scale of every block of `rows` x 128: `s = max(amax, least) / 448`.
 
-    At a ragged edge a block holds what there is. Scales have shape (ceil(M/rows), ceil(K/128)).
+    At a ragged edge a block holds what there is. Scales have shape (ceil(M/rows), ceil(K/128)). With `power_of_two`
+    they are rounded up to one: codes can then be grouped anew without a second rounding.
     """
     M, K = x.shape
     padded = x.new_zeros(M + -M % rows, K + -K % TILE, dtype=torch.float32)
     padded[:M, :K] = x
     blocks = padded.view(padded.shape[0] // rows, rows, padded.shape[1] // TILE, TILE)
     scales = blocks.abs().amax((1, 3)).clamp(min=least) / E4M3_MAX
+    scales = scales.log2().ceil().exp2() if power_of_two else scales
     codes = (blocks / scales[:, None, :, None]).to(torch.float8_e4m3fn)
     return codes.view(padded.shape)[:M, :K], scales
 
@@ -506,13 +508,16 @@ def try_fp8_units(device: torch.device) -> tuple[bool, str]:
 
 
 class _FP8Linear(torch.autograd.Function):
-    """Quantised forward, input gradient and weight gradient (V3 figure 6); keeps the codes of the input."""
+    """Quantised forward, input gradient and weight gradient (V3 figure 6); keeps the codes of the input.
+
+    The weight gradient wants them in tiles along the tokens, hence their scales are powers of two (V3 section 3.3.2).
+    """
 
     @staticmethod
     @by_onednn
     def forward(ctx, x, weight, units):
         flat = x.reshape(-1, x.shape[-1])  # (M, K)
-        a, w = quantise(flat, 1, least=1e-4), quantise(weight, TILE)
+        a, w = quantise(flat, 1, 1e-4, power_of_two=True), quantise(weight, TILE)
         ctx.save_for_backward(*a, *w)
         ctx.dtypes, ctx.units = (x.dtype, weight.dtype), units
         return fp8_product(a, w, TILE, x.dtype, units).view(*x.shape[:-1], len(weight))
@@ -523,7 +528,7 @@ class _FP8Linear(torch.autograd.Function):
         codes, scales, w_codes, w_scales = ctx.saved_tensors
         dy = grad.reshape(-1, grad.shape[-1])  # (M, N)
         dx = fp8_product(quantise(dy, 1), (w_codes.t(), w_scales.t()), TILE, ctx.dtypes[0], ctx.units)
-        x_again = quantise(dequantise(codes, scales, 1).t(), 1)  # (K, M): its tiles run along the tokens now
+        x_again = quantise(dequantise(codes, scales, 1).t(), 1, power_of_two=True)  # (K, M), along the tokens
         dw = fp8_product(quantise(dy.t(), 1), x_again, 1, ctx.dtypes[1], ctx.units)  # (N, K)
         return dx.view(*grad.shape[:-1], dx.shape[-1]), dw, None
 

@@ -1,7 +1,14 @@
-"""Pictures of a run in one house style. They take numbers and write a PNG; only here is matplotlib loaded."""
+"""Pictures of a run in one house style. They take numbers and write a PNG; only here is matplotlib loaded.
 
+    python -m data.plot out/bf16 out/fp8     compare.png: each run beside the first one of its seed
+"""
+
+import csv
+import json
 import os
+import sys
 from contextlib import contextmanager
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -223,3 +230,57 @@ def quality_figure(path: Path, rows: list[tuple[int, dict, dict]]) -> None:
             axis.set(title=title, xlabel="% of the pretraining run", ylim=(0, None))
             axis.legend()
             axis.grid(axis="y")
+
+
+def compare_figure(path: Path, runs: dict[str, Tensor], pairs: list[tuple[str, str]], window: int = 50) -> None:
+    """compare.png: training loss of every run, and the relative difference of pairs (name, baseline), smoothed.
+
+    runs: name -> loss of every step, (steps,). Both means of a difference are over the same `window` steps.
+    """
+    means = {name: losses.unfold(0, min(window, len(losses)), 1).mean(-1) for name, losses in runs.items()}
+    with picture(path, "Runs side by side", (12, 4.8)) as figure:
+        (left, right), ends = figure.subplots(1, 2), []
+        for (name, baseline), color in zip(pairs, cycle(COLORS)):
+            one, two = means[name], means[baseline]
+            difference = 100 * (one[: len(two)] / two[: len(one)] - 1)  # in %
+            left.plot(two, color="#999999", linewidth=1.4)
+            left.plot(one, color=color, linewidth=1.4)
+            right.plot(difference, color=color)
+            ends.append((float(difference[-1]), name, color))
+        right.axhline(0, color="#999999", linewidth=1)
+        left.set(title=f"loss in nats per token, mean of {window} steps", xlabel="step")
+        right.set(title="difference to the first run of its seed (grey), in %", xlabel="step")
+        for axis in (left, right):
+            axis.grid(axis="y")
+        label_ends(right, ends)
+
+
+def main(argv: list[str]) -> int:
+    """Draw compare.png beside the first run and print the differences, over all steps and over the last fifth."""
+    runs, first, pairs = {}, {}, []
+    try:
+        for folder in map(Path, argv):
+            seed = json.loads((folder / "train.json").read_text())["seed"]
+            rows = csv.DictReader((folder / "log.csv").read_text().splitlines())
+            runs[folder.name] = torch.tensor([float(row["ce"]) for row in rows if row["ce"]])
+            if first.setdefault(seed, folder.name) != folder.name:
+                pairs.append((folder.name, first[seed]))
+    except (OSError, KeyError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if not pairs:
+        print("error: got no two runs of one seed, wanted: python -m data.plot out/one out/two", file=sys.stderr)
+        return 2
+    for name, baseline in pairs:
+        steps = min(len(runs[name]), len(runs[baseline]))
+        one, two = runs[name][:steps], runs[baseline][:steps]
+        shares = [100 * float(one[part:].mean() / two[part:].mean() - 1) for part in (0, steps * 4 // 5)]
+        print(f"{name} against {baseline}: {shares[0]:+.2f} % over all steps, {shares[1]:+.2f} % over the last fifth")
+    path = Path(argv[0]).parent / "compare.png"
+    compare_figure(path, runs, pairs)
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import data.corpus as corpus
-from data import UserError
+from data import UserError, plot
 from data.corpus import download, folder_documents, is_val, prepare, story_documents, tinystories_documents
 from data.loader import Loader, TokenFile, eval_batches, write_tokens
 from data.tokenizer import load_tokenizer
@@ -232,3 +232,22 @@ def test_fineweb_shards_are_checked_and_their_marks_become_ours(tmp_path):
         list(corpus.fineweb_chunks(path, None, 60_000))
     with pytest.raises(UserError, match="wanted gpt2"):
         prepare("fineweb", TOKENIZER, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def test_runs_are_compared_with_the_first_of_their_seed(tmp_path, capsys):
+    for name, seed, factor, steps in (("a", 0, 1, 100), ("b", 1, 1, 90), ("c", 1, 1.01, 80), ("d", 0, 0.98, 100)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.json").write_text(f'{{"seed": {seed}}}')
+        losses = [f"{step},{factor * (5 - step / 50 + seed)}" for step in range(1, steps + 1)]
+        (tmp_path / name / "log.csv").write_text("\n".join(["step,ce", "0,", *losses]))
+    assert plot.main([str(tmp_path / name) for name in "abcd"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["c against b: +1.00 % over all steps, +1.00 % over the last fifth",
+                    "d against a: -2.00 % over all steps, -2.00 % over the last fifth", str(tmp_path / "compare.png")]
+    assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    for wrong, said in (("ab", "no two runs of one seed"), ("ae", "No such file"), ("", "wanted: python -m data.plot")):
+        assert plot.main([str(tmp_path / name) for name in wrong]) == 2
+        assert said in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Every operation of the registry: fused and reference against each other and against float64."""
 
+import math
 import subprocess
 import sys
 
@@ -297,7 +298,7 @@ def test_a_broken_cache_is_a_line(tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------- FP8
 
 
-def quantise_by_hand(x, rows):
+def quantise_by_hand(x, rows, power_of_two=False):
     """DeepSeek's rule, one block after the other."""
     codes, scales = torch.empty(x.shape, dtype=torch.float8_e4m3fn), []
     for i in range(0, x.shape[0], rows):
@@ -305,6 +306,7 @@ def quantise_by_hand(x, rows):
         for k in range(0, x.shape[1], 128):
             block = x[i : i + rows, k : k + 128].float()
             s = torch.tensor(max(block.abs().max().item(), 1e-4)) / 448.0
+            s = torch.tensor(2.0 ** math.ceil(math.log2(s))) if power_of_two else s
             codes[i : i + rows, k : k + 128] = (block / s).to(torch.float8_e4m3fn)
             scales[-1].append(s)
     return codes, torch.tensor(scales)
@@ -333,11 +335,22 @@ def test_codes_come_back_within_their_three_bits():
     assert (kernels.dequantise(*kernels.quantise(tiny, 1), 1) - tiny).norm() < 0.03 * tiny.norm()
 
 
+def test_scales_that_are_powers_of_two_spare_the_second_rounding():
+    """V3 section 3.3.2: codes in tiles along the width become codes in tiles along the tokens."""
+    x, same = torch.randn(256, 384), {}
+    for is_round in (True, False):
+        once = kernels.dequantise(*kernels.quantise(x, 1, power_of_two=is_round), 1)
+        twice = kernels.dequantise(*kernels.quantise(once.t(), 1, power_of_two=is_round), 1).t()
+        same[is_round] = (once == twice).double().mean()
+    assert same[True] > 0.999 and same[False] < 0.5
+    assert torch.equal(kernels.quantise(x, 1, power_of_two=True)[1].log2() % 1, torch.zeros(256, 3))
+
+
 @pytest.mark.parametrize("M,K,N", [(5, 7, 3), (130, 200, 140), (1, 128, 128), (0, 5, 4)])
 def test_fp8_products_are_those_of_the_codes(M, K, N):
     """Forward, input gradient and weight gradient against a sum over blocks in float64."""
-    def blocks(a, b, a_rows, b_rows):
-        a, b = (quantise_by_hand(x, rows) for x, rows in ((a, a_rows), (b, b_rows)))
+    def blocks(a, b, a_rows, b_rows, *are_round):
+        a, b = (quantise_by_hand(*each) for each in zip((a, b), (a_rows, b_rows), are_round))
         out = torch.zeros(len(a[0]), len(b[0]), dtype=torch.float64)
         for k in range(a[1].shape[1]):
             part = slice(128 * k, 128 * k + 128)
@@ -351,12 +364,12 @@ def test_fp8_products_are_those_of_the_codes(M, K, N):
     dx, dw = torch.autograd.grad(y, leaves, dy)
     if M == 0:
         return
-    x_hat = kernels.dequantise(*quantise_by_hand(x, 1), 1)
+    x_hat = kernels.dequantise(*quantise_by_hand(x, 1, True), 1)
     w_hat = kernels.dequantise(*quantise_by_hand(weight, 128), 128)
     dy_hat = kernels.dequantise(*quantise_by_hand(dy, 1), 1)
-    assert_close(y.detach(), blocks(x, weight, 1, 128), 1e-6, "forward")
+    assert_close(y.detach(), blocks(x, weight, 1, 128, True, False), 1e-6, "forward")
     assert_close(dx, dy_hat.double() @ w_hat.double(), 1e-6, "input gradient")
-    assert_close(dw, blocks(dy.t(), x_hat.t(), 1, 1), 1e-6, "weight gradient")
+    assert_close(dw, blocks(dy.t(), x_hat.t(), 1, 1, False, True), 1e-6, "weight gradient")
     assert 0.01 < (y - x @ weight.t()).norm() / (x @ weight.t()).norm() < 0.08 or M * K < 100
 
 
