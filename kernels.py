@@ -650,9 +650,9 @@ void rms_norm(float *y, const float *x, const float *w, double eps, long N, long
     }
 }
 
-// room (N*K, 2F+C) holds, for the n rows of the expert at hand, gate and up (n, 2F) and behind them its output (n, C)
-void expert_ffn(float *y, float *room, const float *u, const float *gate_up, const float *down, const long long *topk_idx,
-                const float *gates, long N, long K, long E, long C, long F) {
+// room (N*K, 2F+C): for the n rows of the expert at hand gate and up (n, 2F), and behind them its output (n, C)
+void expert_ffn(float *y, float *room, const float *u, const float *gate_up, const float *down,
+                const long long *topk_idx, const float *gates, long N, long K, long E, long C, long F) {
     const float *rows[N * K];
     long pair[N * K];
     for (long i = 0; i < N * C; i++) y[i] = 0;
@@ -710,18 +710,18 @@ def compiled() -> tuple[ctypes.CDLL | None, str]:
 
 
 def is_for_c(x: Tensor) -> bool:
-    """Whether C may read this one: float32 on a CPU, row behind row, no gradient wanted, not traced by torch.compile."""
+    """Whether C may read it: float32 on a CPU, row behind row, no gradient wanted, not traced by torch.compile."""
     is_plain = x.dtype == torch.float32 and x.is_cpu and x.is_contiguous()
     return is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def linear_in_c(x, weight, bias=None):
     """The same for up to 8 rows on a weight worth the call."""
-    N, (O, I) = x.numel() // max(1, x.shape[-1]), weight.shape
-    if N > 8 or O * I < 1 << 15 or not is_for_c(x) or not is_for_c(weight):
+    rows = x.numel() // max(1, x.shape[-1])
+    if rows > 8 or weight.numel() < 1 << 15 or not is_for_c(x) or not is_for_c(weight):
         return linear_fused(x, weight, bias)
-    y = x.new_empty(*x.shape[:-1], O)
-    compiled()[0].linear(y.data_ptr(), x.data_ptr(), weight.data_ptr(), N, O, I)
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    compiled()[0].linear(y.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, *weight.shape)
     return y if bias is None else y + bias
 
 
@@ -751,7 +751,7 @@ def expert_ffn_in_c(u, gate_up, down, topk_idx, gates):
 
 @dataclass(frozen=True)
 class Op:
-    """The twins of one operation: `grouped` is fused for a GPU, `in_c` for decoding, `fp8` has other numbers on purpose."""
+    """The twins of one operation: `grouped` is fused for a GPU, `in_c` for decoding, `fp8` has other numbers."""
 
     reference: Callable
     fused: Callable
@@ -857,13 +857,16 @@ def samples(s: dict, dtype: torch.dtype) -> dict[str, tuple[tuple, float]]:
     heads = (make(B, T, H, D), make(B, T, H, P), make(B, T, H, D), make(B, T, P), make(B, T, H, Dv), 1.0)
     nothing = torch.zeros(B, 1, 0, dtype=torch.bool)  # hidden from a token that is decoded behind T cached ones
     cached = (make(B, 1, H, R), make(B, 1, H, P), make(B, T, R + P), nothing, 1.0)
-    topk_idx, gates = torch.rand(N, E).topk(K).indices, torch.rand(N, K, requires_grad=True)
+    weights = (make(E, 2 * F_, C), make(E, C, F_))
+    experts = [(make(n, C), *weights, torch.rand(n, E).topk(K).indices, torch.rand(n, K, requires_grad=True))
+               for n in (N, 1)]
     return {"linear": ((make(N, C), make(C, C)), 2 * N * C * C),
             "rms_norm": ((make(N, C), make(C), 1e-6), 0),
             "apply_rope": ((make(B, T, H, P), torch.polar(torch.ones_like(angle), angle)), 0),
             "causal_attention": (heads, B * H * T * T * (D + P + Dv)),
             "latent_attention": (cached, 2 * B * H * T * (2 * R + P)),
-            "expert_ffn": ((make(N, C), make(E, 2 * F_, C), make(E, C, F_), topk_idx, gates), 6 * N * K * C * F_),
+            "expert_ffn": (experts[0], 6 * N * K * C * F_),
+            "expert_ffn, one token": (experts[1], 6 * K * C * F_),
             "linear_cross_entropy": ((make(N, C), make(V, C), torch.randint(0, V, (N,))), 2 * N * C * V)}
 
 
@@ -888,7 +891,8 @@ def main(argv: list[str]) -> int:
     name, kind = ([*argv, "tiny"][0], [*argv[1:], "fp32"][0])
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if len(argv) > 2 or name not in SHAPES or kind not in dtypes:
-        print(f"error: got {' '.join(argv)}, wanted: python kernels.py [{' | '.join(SHAPES)}] [fp32 | bf16]", file=sys.stderr)
+        wanted = f"python kernels.py [{' | '.join(SHAPES)}] [fp32 | bf16]"
+        print(f"error: got {' '.join(argv)}, wanted: {wanted}", file=sys.stderr)
         return 2
     torch.manual_seed(0)
     ops = select("fused", dtype=dtypes[kind])
@@ -897,14 +901,16 @@ def main(argv: list[str]) -> int:
           f"{'; '.join(ops.reasons)}\nms and MB as reference -> fused; kept: for the backward, beside the inputs\n\n"
           f"{'operation':22}{'forward ms':>19}{'with backward ms':>21}{'faster':>8}{'kept MB':>18}"
           f"{'error':>19}{'of ceiling':>12}")
-    for op, (inputs, flops) in samples(SHAPES[name], dtypes[kind]).items():
+    for row, (inputs, flops) in samples(SHAPES[name], dtypes[kind]).items():
+        op = row.partition(",")[0]
         twins = [measure(twin, inputs) for twin in (OPS[op].reference, getattr(ops, op))]
-        exact = OPS[op].reference(*[x.detach().double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs])
+        wide = [x.detach().double() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs]
+        exact = OPS[op].reference(*wide)
         errors = [((out - exact).abs().max() / exact.abs().max()).item() for out, *_ in twins]
         pairs = [[1e3 * t[1] for t in twins], [1e3 * t[2] for t in twins], [t[3] / 1e6 for t in twins]]
         forward, both, kept = (f"{a:.3g} -> {b:.3g}" for a, b in pairs)
         share = f"{3 * flops / twins[1][2] / ceiling:12.0%}" if flops else f"{'-':>12}"
-        print(f"{op:22}{forward:>19}{both:>21}{twins[0][2] / twins[1][2]:>7.2f}x{kept:>18}"
+        print(f"{row:22}{forward:>19}{both:>21}{twins[0][2] / twins[1][2]:>7.2f}x{kept:>18}"
               f"{errors[0]:>10.0e} ->{errors[1]:.0e}{share}")
     return 0
 

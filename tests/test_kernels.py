@@ -470,7 +470,8 @@ def test_the_table_names_every_operation_with_two_twins(capsys, monkeypatch):
     for kind in ("fp32", "bf16"):
         assert kernels.main(["tiny", kind]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert [line.split()[0] for line in lines[4:]] == [n for n, op in OPS.items() if op.fused is not op.reference]
+        rows = [line.split()[0] for line in lines[4:] if "one token" not in line]
+        assert rows == list(OPS) and len(lines) == 5 + len(OPS)
     assert kernels.main(["tinny"]) == 2 and "wanted: python kernels.py" in capsys.readouterr().err
 
 
