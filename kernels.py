@@ -223,10 +223,11 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def packed(rows, q_nope, q_pe, k_nope, k_pe, v, scale):
         """Heads first: q, already scaled, and k (rows*H, T, D+P), v (rows*H, T, Dv)."""
-        q = torch.cat((q_nope[rows], q_pe[rows]), -1).mul_(scale)
-        shared = k_pe[rows].unsqueeze(2).expand(-1, -1, v.shape[2], -1)
-        k = torch.cat((k_nope[rows], shared), -1)
-        return [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v[rows])]
+        q_nope, q_pe, k_nope, v = (x[rows].transpose(1, 2) for x in (q_nope, q_pe, k_nope, v))  # (rows, H, T, .)
+        D, P = q_nope.shape[-1], q_pe.shape[-1]
+        q, k = (x.new_empty(*x.shape[:3], D + P) for x in (q_nope, k_nope))
+        q[..., :D], q[..., D:], k[..., :D], k[..., D:] = q_nope, q_pe, k_nope, k_pe[rows].unsqueeze(1)
+        return [x.flatten(0, 1) for x in (q.mul_(scale), k, v)]
 
     @staticmethod
     def tiles(q, k, since):
