@@ -719,7 +719,7 @@ def is_for_c(x: Tensor) -> bool:
 def linear_in_c(x, weight, bias=None):
     """The same for up to 8 rows on a weight worth the call."""
     rows = x.numel() // max(1, x.shape[-1])
-    if rows > 8 or weight.numel() < 1 << 15 or not is_for_c(x) or not is_for_c(weight):
+    if rows > 8 or weight.numel() < 1 << 14 or not is_for_c(x) or not is_for_c(weight):
         return linear_fused(x, weight, bias)
     y = x.new_empty(*x.shape[:-1], len(weight))
     compiled()[0].linear(y.data_ptr(), x.data_ptr(), weight.data_ptr(), rows, *weight.shape)
@@ -728,12 +728,11 @@ def linear_in_c(x, weight, bias=None):
 
 def rms_norm_in_c(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same in one pass."""
-    rows = x.reshape(-1, x.shape[-1])  # (N, C)
-    y = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    if rows.stride(1) != 1 or not is_for_c(y) or not is_for_c(weight):
+    y, rows = x.new_empty(x.shape), x.reshape(-1, x.shape[-1])  # (N, C)
+    if not is_for_c(y) or weight.dtype != y.dtype or rows.stride(1) != 1:
         return rms_norm_fused(x, weight, eps)
     compiled()[0].rms_norm(y.data_ptr(), rows.data_ptr(), weight.data_ptr(), eps, *rows.shape, rows.stride(0))
-    return y.view(x.shape)
+    return y
 
 
 def expert_ffn_in_c(u, gate_up, down, topk_idx, gates):
