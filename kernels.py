@@ -1,9 +1,9 @@
 """Every costly operation of the model twice: a readable twin and a fast twin, side by side.
 
 The *reference* twin is the equation, written so that it can be read. The *fused* twin gives the same
-numbers with less work or less memory, in plain PyTorch: no Triton, no custom build. `OPS` pairs them,
-`tests/test_kernels.py` walks the pairs (values, gradients, odd shapes, dtypes), and `select` picks
-one side for a model and says why.
+numbers with less work or less memory, in plain PyTorch without Triton. Three operations have a third twin
+in C, for decoding, where a C compiler is at hand. `OPS` pairs them, `tests/test_kernels.py` walks the pairs
+(values, gradients, odd shapes, dtypes), and `select` picks one side for a model and says why.
 
 Shapes use the legend of model.py.
 
