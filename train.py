@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
 
@@ -198,8 +198,7 @@ class Dist:
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = torch.device("cpu")
 
     @property
     def is_main(self) -> bool:
@@ -243,19 +242,13 @@ class Dist:
 def setup_distributed(device: str = "auto") -> Dist:
     """Join the processes that torchrun started (gloo on CPU, nccl on CUDA); alone without torchrun."""
     chosen = pick_device(device)
-    world_size, local_rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if world_size == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Dist(device=chosen)
     if chosen.type == "cuda":
-        chosen = torch.device("cuda", local_rank)
+        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Dist(dist.get_rank(), world_size, local_rank, chosen)
-
-
-def unwrap(model) -> Transformer:
-    """The model inside DDP."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return Dist(dist.get_rank(), dist.get_world_size(), chosen)
 
 
 # ---------------------------------------------------------------------------------------------- one step
@@ -263,7 +256,7 @@ def unwrap(model) -> Transformer:
 
 def make_optimizer(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.95)) -> torch.optim.AdamW:
     """AdamW in V3's setting (section 4.2); only matrices decay, norms and biases do not."""
-    parameters = [p for p in unwrap(model).parameters() if p.requires_grad]
+    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
     is_fused = parameters[0].device.type in ("cpu", "cuda", "mps")
@@ -291,7 +284,7 @@ def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: Dist, *
     Returns the losses, `grad_norm` before clipping, and `load` (MoE layers, E), the routed tokens.
     Raises UserError when the gradient is not finite; the weights are then as they were.
     """
-    raw = unwrap(model)
+    raw = model.module if isinstance(model, DistributedDataParallel) else model
     counts = count_targets(targets, raw.config, world).clamp(min=1)  # (3,)
     weights = counts.new_tensor([1.0, mtp_loss_weight, aux_loss_alpha])
     scale = (weights / counts * world.world_size).float()  # (3,); DDP averages over ranks, we want the sum
