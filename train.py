@@ -400,7 +400,10 @@ class RunFolder:
             raise UserError(f"cannot resume {self.path} with another config: {', '.join(told)}")
         rows = self.rows()
         if self.is_main and rows:
-            self._write_log(list(rows[0]), [row for row in rows if float(row["step"]) <= notes["step"]])
+            with written_aside(self.log_path) as aside, open(aside, "w", newline="") as file:
+                writer = csv.DictWriter(file, rows[0])
+                writer.writeheader()
+                writer.writerows(row for row in rows if float(row["step"]) <= notes["step"])
         return tensors, notes
 
     def save(self, tensors: dict[str, Tensor], notes: dict) -> None:
@@ -413,11 +416,9 @@ class RunFolder:
     def log(self, row: dict) -> None:
         """Append one row to log.csv; the first row fixes the columns."""
         if self.is_main:
-            if not self.log_path.exists():
-                self._write_log(list(row), [])
             try:
                 with open(self.log_path, "a", newline="") as file:
-                    csv.writer(file).writerow(row.values())
+                    csv.writer(file).writerows([row.values()] if file.tell() else [row, row.values()])
             except OSError as error:
                 raise UserError(f"cannot write {self.log_path}: {error}") from None
 
@@ -425,12 +426,6 @@ class RunFolder:
         """The rows of log.csv, less a last one that a kill cut short."""
         text = self.log_path.read_text() if self.log_path.exists() else ""
         return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
-
-    def _write_log(self, columns: list[str], rows: list[dict]) -> None:
-        with written_aside(self.log_path) as aside, open(aside, "w", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
 
 
 def optimizer_tensors(model: Transformer, optimizer) -> dict[str, Tensor]:
