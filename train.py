@@ -23,7 +23,7 @@ import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
@@ -106,12 +106,11 @@ class TrainConfig:
             yield name, "at least 1", getattr(self, name) >= 1
         for name in ("lr", "clip"):
             yield name, "a number above 0", 0 < getattr(self, name) < math.inf
-        order = ("warmup_until", "constant_until", "cosine_until", "final_from")
-        for i, name in enumerate(order):
-            floor = getattr(self, order[i - 1]) if i else 0.0
+        floor = 0.0
+        for name in ("warmup_until", "constant_until", "cosine_until", "final_from"):
             yield name, f"{floor} to 1 (they follow each other)", floor <= getattr(self, name) <= 1
-        is_whole = self.seq_len > 0 and self.tokens_per_step % self.seq_len == 0
-        yield "tokens_per_step", f"a multiple of seq_len = {self.seq_len}", is_whole
+            floor = getattr(self, name)
+        yield "tokens_per_step", f"a multiple of seq_len = {self.seq_len}", self.tokens_per_step % self.seq_len == 0
         yield "ramp_from", "above 0, at most 1", 0 < self.ramp_from <= 1
         is_plain = self.name not in ("", ".", "..") and Path(self.name).name == self.name
         yield "name", "a plain folder name (the place goes into --out)", is_plain
@@ -178,7 +177,7 @@ class Plan:
         ramp, rise = max(1.0, config.ramp_until * config.steps), 1 - config.ramp_from
         shares = [config.ramp_from + rise * min(1.0, step / ramp) for step in range(self.steps)]
         self.sequences = [max(1, round(share * full / world_size)) * world_size for share in shares]
-        self.tokens = [sum(self.sequences[: i + 1]) * config.seq_len for i in range(self.steps)]
+        self.tokens = [sequences * config.seq_len for sequences in accumulate(self.sequences)]
 
     def knobs(self, step: int) -> dict[str, float]:
         """The scheduled knobs of one step, as keyword arguments of `train_step`."""
