@@ -43,7 +43,7 @@ from data.tokenizer import load_tokenizer
 from kernels import IGNORE, matmul_ceiling
 from model import (PRESETS, Config, Transformer, count_parameters, flops_per_token, load_pretrained,
                    save_pretrained, write_json, written_aside)
-from sample import generate, knob, parse_flags, pick_device, run_main
+from sample import evaluating, generate, knob, parse_flags, pick_device, run_main
 
 # --------------------------------------------------------------------------------------------- the knobs
 
@@ -336,19 +336,18 @@ def evaluate(model: Transformer, batches: list[tuple[Tensor, Tensor]], world: Di
 
     Also the routed tokens of the main model, (MoE layers, E): which experts this text uses.
     """
-    config, was_training = model.config, model.training
-    model.eval()
+    config = model.config
     layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
     used = torch.zeros(layers, config.n_routed_experts, device=world.device)
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # ce, mtp and their numbers of targets
     for tokens, targets in islice(batches, world.rank, None, world.world_size):
         tokens, targets = tokens.to(world.device), targets.to(world.device)
-        losses = model(tokens, targets, reduction="sum")
+        with evaluating(model):
+            losses = model(tokens, targets, reduction="sum")
         counts = count_targets(targets, config, Dist(device=world.device))
         sums += torch.stack([losses["ce"], losses.get("mtp", losses["ce"] * 0), counts[0], counts[1]])
         for layer, topk_idx in enumerate(model.routing):
             used[layer] += torch.bincount(topk_idx.flatten(), minlength=config.n_routed_experts)
-    model.train(was_training)
     ce, mtp, targets, mtp_targets = world.all_reduce_sum(sums).tolist()
     return {"ce": ce / max(targets, 1), "mtp": mtp / max(mtp_targets, 1)}, world.all_reduce_sum(used).cpu()
 
@@ -582,8 +581,8 @@ class Trainer:
 
     def losses(self) -> str:
         """The latest validation losses in words; a corpus of few documents may have none for validation."""
-        losses = {name[4:]: loss for name, loss in self.latest.items() if name.startswith("val_")}
-        return ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()) or "(no text fell to validation)"
+        losses = [f"{name[4:]} {loss:.3f}" for name, loss in self.latest.items() if name.startswith("val_")]
+        return ", ".join(losses) or "(no text fell to validation)"
 
     def save(self) -> None:
         """First the checkpoint directory for others, then the state for ourselves."""
@@ -593,16 +592,14 @@ class Trainer:
         tensors |= optimizer_tensors(self.model, self.optimizer) | {"rng": torch.get_rng_state()}
         if self.loads:
             tensors["loads"] = torch.stack(self.loads)  # (n, MoE layers, E)
-        self.folder.save(tensors, {
-            "step": self.step, "seconds": self.seconds, "latest": self.latest, "load_steps": self.load_steps,
-            "loader": self.loader.state_dict(),
-            "precision": precision_of(self.model)})
+        notes = {name: getattr(self, name) for name in ("step", "seconds", "latest", "load_steps")}
+        notes |= {"loader": self.loader.state_dict(), "precision": precision_of(self.model)}
+        self.folder.save(tensors, notes)
         self.world.barrier()
 
     def restore(self, tensors: dict[str, Tensor], notes: dict) -> None:
         """Take up where `save` left off."""
-        weights = {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        self.model.load_state_dict(weights)
+        self.model.load_state_dict({name[6:]: tensor for name, tensor in tensors.items() if name.startswith("model.")})
         load_optimizer(self.model, self.optimizer, tensors)
         torch.set_rng_state(tensors["rng"])
         self.loader.load_state_dict(notes["loader"])
@@ -632,12 +629,9 @@ def layer_names(model: Transformer) -> list[str]:
 # -------------------------------------------------------------------------------------------- the program
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of activations
-
-
 def use_precision(model: Transformer, precision: str, impl: str) -> None:
     """Compute in fp32, bf16, or bf16 with FP8 products, from now on."""
-    model.compute_dtype = DTYPES[precision]
+    model.compute_dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     model.use_kernels(impl, fp8=precision == "fp8")
 
 
@@ -747,7 +741,7 @@ def build_trainer(config: TrainConfig, world: Dist) -> Trainer:
 
 
 def final_report(trainer: Trainer) -> None:
-    """The lines at the end of a run, and a sample of every domain."""
+    """The lines at the end of a run; per domain the opening of a text and, after a bar, how the model goes on."""
     rate = trainer.plan.tokens[-1] / trainer.seconds
     flops = flops_per_token(trainer.model.config, trainer.config.seq_len) * rate
     print(f"\nloss        {trainer.losses()}, in nats per token of validation text\n"
@@ -756,8 +750,13 @@ def final_report(trainer: Trainer) -> None:
           f"memory      {peak_memory(trainer.world.device)} at most\ncheckpoint  {trainer.folder.path}")
     if trainer.config.data == "local":
         print(f"reasoning   {fitness(trainer)}")
-    for domain, text in samples(trainer).items():
-        print(f"\n--- {domain} {'-' * (60 - len(domain))}\n{text}")
+    tokenizer = trainer.tokenizer
+    for name in [name for name in trainer.evals if name.startswith("val_")]:
+        prompt = opening(trainer.evals[name][0][0].flatten().tolist(), tokenizer)
+        made = generate(trainer.model, [prompt], max_new_tokens=64, temperature=0.7, stop_ids=[tokenizer.eos_id],
+                        seed=trainer.config.seed)
+        print(f"\n--- {name[4:]} {'-' * (64 - len(name))}\n{tokenizer.decode(prompt).removeprefix(BOS)} │ "
+              f"{tokenizer.decode(made.completion(0))}")
 
 
 def peak_memory(device: torch.device) -> str:
@@ -770,17 +769,6 @@ def peak_memory(device: torch.device) -> str:
         return "not measured on this system"
     unit = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:,.0f} MiB"
-
-
-def samples(trainer: Trainer, new_tokens: int = 64) -> dict[str, str]:
-    """Per domain, the opening of a validation text and, after a bar, how the model goes on."""
-    tokenizer, texts = trainer.tokenizer, {}
-    for name in [name for name in trainer.evals if name.startswith("val_")]:
-        prompt = opening(trainer.evals[name][0][0].flatten().tolist(), tokenizer)
-        made = generate(trainer.model, [prompt], max_new_tokens=new_tokens, temperature=0.7,
-                        stop_ids=(tokenizer.eos_id,), seed=trainer.config.seed)
-        texts[name[4:]] = f"{tokenizer.decode(prompt).removeprefix(BOS)} │ {tokenizer.decode(made.completion(0))}"
-    return texts
 
 
 def fitness(trainer: Trainer, questions: int = 200) -> str:
@@ -831,25 +819,22 @@ def random_run(config: TrainConfig, world: Dist):
 
 def timed_step(loss_of, optimizer, tokens, targets, micro_batch: int) -> list[float]:
     """Seconds forward, backward and in the optimizer of one step, and the loss."""
-    clock, took, total = [], [0.0, 0.0, 0.0], 0.0
-
-    def lap():
+    def now() -> float:
         if tokens.is_cuda:
             torch.cuda.synchronize()
-        clock.append(time.perf_counter())
-        return clock[-1] - clock[-2] if len(clock) > 1 else 0.0
+        return time.perf_counter()
 
-    lap()
+    forward = backward = total = 0.0
     for x, y in zip(tokens.split(micro_batch), targets.split(micro_batch)):
+        start = now()
         loss = loss_of(x, y) * (len(x) / len(tokens))
-        took[0] += lap()
+        middle = now()
         loss.backward()
-        took[1] += lap()
-        total += loss.detach()
+        end = now()
+        forward, backward, total = forward + middle - start, backward + end - middle, total + loss.detach()
     optimizer.step()
     optimizer.zero_grad()
-    took[2] = lap()
-    return [*took, float(total)]
+    return [forward, backward, now() - end, float(total)]
 
 
 def transformers_twin(model: Transformer):
