@@ -365,16 +365,11 @@ class Cache:
         self.shortest, self.longest = (int(x) for x in self.length.aminmax()) if len(self.length) else (0, 0)
 
     def select(self, rows: Tensor) -> "Cache":
-        """A cache of the given rows only, (n,) int64."""
+        """A cache of the given rows, (n,) int64; a row may come several times."""
         out = object.__new__(Cache)
         out.rank, out.buffer, out.length = self.rank, self.buffer[:, rows], self.length[rows]
         out._look()
         return out
-
-    def repeat_interleave(self, times: int) -> "Cache":
-        """Each row `times` times in a row: several samples of one prompt."""
-        rows = torch.arange(len(self.length), device=self.length.device).repeat_interleave(times)
-        return self.select(rows)
 
 
 @dataclass

@@ -209,12 +209,11 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def _blank(model: Transformer, prompts, num_samples: int, max_new_tokens: int, stop_ids) -> Generation:
     """A Generation of prompts and padding, as wide as it can become."""
     pad = stop_ids[0] if len(stop_ids) else model.config.eos_token_id
-    longest = max(len(prompt) for prompt in prompts)
-    T = min(longest + max_new_tokens, model.config.max_position_embeddings)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])  # (prompts,)
+    T = min(int(lengths.max()) + max_new_tokens, model.config.max_position_embeddings)
     padded = torch.tensor([[*prompt, *[pad] * (T - len(prompt))] for prompt in prompts])  # (prompts, T)
-    tokens = padded.repeat_interleave(num_samples, dim=0).to(model.lm_head.weight.device)  # (N, T)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=tokens.device)
-    lengths = lengths.repeat_interleave(num_samples)  # (N,)
+    device = model.lm_head.weight.device
+    tokens, lengths = (x.repeat_interleave(num_samples, dim=0).to(device) for x in (padded, lengths))  # (N, T), (N,)
     blank = torch.zeros_like(tokens, dtype=torch.promote_types(model.compute_dtype, torch.float32))
     return Generation(tokens, blank.bool(), lengths, lengths.clone(), logps=blank, entropy=blank.clone(),
                       finished=torch.zeros_like(lengths, dtype=torch.bool))
@@ -228,6 +227,7 @@ def _prefill(model, out: Generation, num_samples: int, keep_routing: bool) -> tu
     # padding stands right of the prompt, so no prompt token sees it, and decoding overwrites its latents
     logits = model(out.tokens[::num_samples, :longest], cache=cache, last_only=lengths - 1)
     cache.advance(lengths)
+    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(num_samples)  # (N,)
     if keep_routing:
         out.routing = []
         is_prompt = torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)  # (prompts, longest)
@@ -235,10 +235,8 @@ def _prefill(model, out: Generation, num_samples: int, keep_routing: bool) -> tu
             nobody = torch.arange(chosen.shape[-1], device=chosen.device)  # (K,)
             kept = nobody.repeat(len(lengths), T, 1)  # (prompts, T, K)
             kept[:, :longest] = torch.where(is_prompt.unsqueeze(-1), chosen, nobody)
-            out.routing.append(kept.repeat_interleave(num_samples, dim=0))
-    if num_samples == 1:
-        return logits, cache
-    return logits.repeat_interleave(num_samples, dim=0), cache.repeat_interleave(num_samples)
+            out.routing.append(kept[rows])
+    return logits[rows], cache.select(rows)
 
 
 def _record(out: Generation, rows, at, is_stop, token, logp, entropy, support) -> None:

@@ -94,7 +94,7 @@ def test_cache_rows_can_be_chosen_and_repeated():
     with torch.no_grad():
         model(tokens[:, :10], cache=cache)
         cache.advance(torch.tensor([10, 4, 7]))
-        chosen = cache.select(torch.tensor([1, 2])).repeat_interleave(2)
+        chosen = cache.select(torch.tensor([1, 1, 2, 2]))
         assert chosen.length.tolist() == [4, 4, 7, 7] and chosen.longest == 7
         got = model(torch.stack([tokens[1, 4:6]] * 2 + [tokens[2, 7:9]] * 2), cache=chosen)
         whole = model(tokens)
