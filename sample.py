@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 from data import UserError, nearest
+from data.tasks import prompt_text
+from data.tokenizer import load_tokenizer
 from model import Cache, Config, Transformer, load_pretrained
 
 COMPACT_BELOW = 0.75  # rows leave the batch, which copies the cache, when this share is still alive
@@ -327,9 +329,8 @@ def parse_flags(cls, argv: Sequence[str], description: str):
 
 
 def _add_flag(parser: argparse.ArgumentParser, each, kind) -> None:
-    meta, is_list = each.metadata, get_origin(kind) is list
-    allows_none = types.NoneType in get_args(kind)
-    kind = next((part for part in get_args(kind) if part is not types.NoneType), kind)
+    meta, is_list, allows_none = each.metadata, get_origin(kind) is list, types.NoneType in get_args(kind)
+    kind = get_args(kind)[0] if is_list or allows_none else kind
     default = each.default_factory() if is_list else each.default
     shown = "" if default in (None, [], "") else f" [{default}]"
     help = (meta["help"] + shown).replace("%", "%%")
@@ -394,8 +395,7 @@ def pick_device(name: str) -> torch.device:
 
 def newest_run(root: str | Path = "out") -> Path:
     """The checkpoint directory below `root` that was written last. Raises UserError when there is none."""
-    weights = Path(root).rglob("model*.safetensors")
-    weights = [path for path in weights if (path.parent / "config.json").exists()]
+    weights = [path for path in Path(root).rglob("model*.safetensors") if (path.parent / "config.json").exists()]
     if not weights:
         raise UserError(f"no checkpoint below {root}/: python train.py makes one, --checkpoint names another")
     return max(weights, key=lambda path: path.stat().st_mtime_ns).parent
@@ -427,8 +427,6 @@ def encode_prompt(tokenizer, text: str, chat: bool) -> list[int]:
     """
     if not chat:
         return [tokenizer.bos_id] + tokenizer.encode(text)
-    from data.tasks import prompt_text
-
     before, after = prompt_text("\0").split("\0")
     return tokenizer.encode_trusted(before) + tokenizer.encode(text) + tokenizer.encode_trusted(after)
 
@@ -451,8 +449,6 @@ def main(argv: list[str]) -> None:
         raise UserError('the prompt is empty: python sample.py "Once upon a time"')
     device = pick_device(knobs.device)
     directory = Path(knobs.checkpoint) if knobs.checkpoint else newest_run()
-    from data.tokenizer import load_tokenizer
-
     model, tokenizer = load_pretrained(directory, device=device), load_tokenizer(directory)
     prompt = os.fsencode(knobs.prompt).decode(errors="replace")  # bytes that are no UTF-8
     ids = encode_prompt(tokenizer, prompt, knobs.chat)
