@@ -13,6 +13,7 @@ Shapes, everywhere in this repository:
     python model.py v3          the self-portrait of a preset or of a checkpoint directory
 """
 
+import copy
 import json
 import math
 import os
@@ -311,31 +312,22 @@ def rope_frequencies(config: Config, device=None) -> Tensor:
 class Cache:
     """What decoding keeps of the past: one normed latent and one rotated key per token and layer.
 
-    `c_kv` (L, B, S, R) and `k_pe` (L, B, S, P) are two views of one buffer, so the cache has exactly
-    `(R + P) * L` numbers per token. `length` (B,) counts the tokens of each row. The model writes behind
-    `length` and never moves it: the caller calls `advance`.
+    Side by side in `buffer` (L, B, capacity, R+P), so the cache has exactly `(R + P) * L` numbers per token.
+    `length` (B,) counts the tokens of each row. The model writes behind `length` and never moves it: the
+    caller calls `advance`.
     """
 
     ROUND = 32  # keys are shown in steps of this many, since oneDNN compiles a kernel for every new number
 
     def __init__(self, config: Config, batch: int, capacity: int, device=None, dtype=torch.float32):
-        self.rank = config.kv_lora_rank
         width = config.kv_lora_rank + config.qk_rope_head_dim
         self.buffer = torch.zeros(config.num_hidden_layers, batch, capacity, width, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.longest = self.shortest = 0  # of length, kept on the host so that a step needs no synchronisation
+        self.longest = self.shortest = 0  # of length, kept on the host so that layers need not wait for the device
 
     @property
     def capacity(self) -> int:
         return self.buffer.shape[2]
-
-    @property
-    def c_kv(self) -> Tensor:
-        return self.buffer[..., : self.rank]
-
-    @property
-    def k_pe(self) -> Tensor:
-        return self.buffer[..., self.rank :]
 
     def shown(self, T: int) -> int:
         """S, the keys that attention is given for T new tokens: up to the longest row and a little over."""
@@ -356,19 +348,13 @@ class Cache:
     def advance(self, tokens: int | Tensor) -> None:
         """Accept `tokens` more: one number for all rows, or (B,) for rows of unequal prompts."""
         self.length = self.length + tokens
-        if isinstance(tokens, int):
-            self.longest, self.shortest = self.longest + tokens, self.shortest + tokens
-        else:
-            self._look()
-
-    def _look(self) -> None:
-        self.shortest, self.longest = (int(x) for x in self.length.aminmax()) if len(self.length) else (0, 0)
+        self.shortest, self.longest = (int(x) for x in self.length.aminmax())
 
     def select(self, rows: Tensor) -> "Cache":
         """A cache of the given rows, (n,) int64; a row may come several times."""
-        out = object.__new__(Cache)
-        out.rank, out.buffer, out.length = self.rank, self.buffer[:, rows], self.length[rows]
-        out._look()
+        out = copy.copy(self)
+        out.buffer, out.length = self.buffer[:, rows], self.length[rows]
+        out.advance(0)
         return out
 
 
