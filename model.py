@@ -96,7 +96,8 @@ class Config:
             if field.type is bool:
                 yield field.name, "true or false", isinstance(value, bool)
             elif field.type is float:
-                yield field.name, "a finite number, not negative", _is_number(value) and 0 <= value < math.inf
+                is_number = isinstance(value, (int, float))
+                yield field.name, "a finite number, not negative", is_number and 0 <= value < math.inf
             elif field.type is int or (field.type is not str and value is not None):
                 yield field.name, f"a whole number, at least {least}", isinstance(value, int) and value >= least
         E, K, groups = self.n_routed_experts, self.num_experts_per_tok, self.n_group
@@ -163,10 +164,6 @@ class Config:
     def is_moe(self, layer: int) -> bool:
         """Whether this layer has experts: all but the first ones, and always the MTP modules."""
         return layer >= self.first_k_dense_replace or layer >= self.num_hidden_layers
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _MAY_BE_ZERO = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "bos_token_id", "eos_token_id")
@@ -638,14 +635,15 @@ class Transformer(nn.Module):
     def __init__(self, config: Config, impl: str = "fused", init: bool = True):
         super().__init__()
         self.config = config
+        V, C = config.vocab_size, config.hidden_size
         main = [Block(config, i) for i in range(config.num_hidden_layers)]
         ahead = [MTP(config, config.num_hidden_layers + i) for i in range(config.num_nextn_predict_layers)]
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size, _weight=_empty_embedding(config)),
+            "embed_tokens": nn.Embedding(V, C, _weight=torch.empty(V, C)),  # filled by `init_weights`
             "layers": nn.ModuleList(main + ahead),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
+            "norm": RMSNorm(C, config.rms_norm_eps),
         })
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(C, V, bias=False)
         self.compute_dtype = torch.float32  # of activations; the weights are cast in each product
         self.recompute = False  # store only block inputs in training and compute the rest again
         self.isolate = False  # documents packed into one row, each behind its begin token, do not see each other
@@ -784,32 +782,24 @@ class Transformer(nn.Module):
         return step
 
     def _check(self, tokens: Tensor, targets: Tensor | None, cache: Cache | None) -> None:
-        used = 0 if cache is None else cache.longest
-        limit = self.config.max_position_embeddings
+        used, limit = 0, self.config.max_position_embeddings
         if cache is not None:
-            limit = min(limit, cache.capacity)
+            used, limit = cache.longest, min(limit, cache.capacity)
         if tokens.shape[1] + used > limit:
             raise UserError(f"context: {used} + {tokens.shape[1]} tokens, at most {limit} fit: shorten the text")
         if targets is not None and targets.shape != tokens.shape:
             raise UserError(f"targets: shape {tuple(targets.shape)}, wanted that of tokens {tuple(tokens.shape)}")
-        for ids in (tokens, None if targets is None else targets.masked_fill(targets == IGNORE, 0)):
-            if ids is not None and ids.device.type == "cpu":  # on a GPU the look would wait for the device
-                _check_ids(ids, self.config.vocab_size)
-
-
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    low, high = (int(x) for x in ids.aminmax()) if ids.numel() else (0, 0)
-    if low < 0 or high >= vocab_size:
-        raise UserError(f"token id {low if low < 0 else high}: the model's vocabulary is 0 to {vocab_size - 1} "
-                        f"(vocab_size {vocab_size}); the text comes from another tokenizer")
+        if tokens.device.type == "cpu" and tokens.numel():  # on a GPU the look would wait for the device
+            V = self.config.vocab_size
+            for ids in (tokens,) if targets is None else (tokens, targets.masked_fill(targets == IGNORE, 0)):
+                low, high = (int(x) for x in ids.aminmax())
+                if low < 0 or high >= V:
+                    raise UserError(f"token id {low if low < 0 else high}: the model's vocabulary is 0 to {V - 1} "
+                                    f"(vocab_size {V}); the text comes from another tokenizer")
 
 
 def _reduce(nll: Tensor, mask: Tensor, reduction: str) -> Tensor:
     return nll.sum() if reduction == "sum" else nll.sum() / mask.sum().clamp(min=1)
-
-
-def _empty_embedding(config: Config) -> Tensor:
-    return torch.empty(config.vocab_size, config.hidden_size)
 
 
 # ------------------------------------------------------------------------------------------- checkpoints
