@@ -825,13 +825,13 @@ def disk_tensors(model: Transformer) -> dict[str, Tensor]:
     return views | {name: views[source] for name, source in _mtp_copies(model.config).items()}
 
 
+def _mtp_prefixes(config: Config) -> tuple[str, ...]:
+    return tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers))
+
+
 def _mtp_copies(config: Config) -> dict[str, str]:
-    copies = {}
-    for i in range(config.num_nextn_predict_layers):
-        prefix = f"model.layers.{config.num_hidden_layers + i}."
-        copies[prefix + "embed_tokens.weight"] = "model.embed_tokens.weight"
-        copies[prefix + "shared_head.head.weight"] = "lm_head.weight"
-    return copies
+    shared = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+    return {prefix + name: source for prefix in _mtp_prefixes(config) for name, source in shared.items()}
 
 
 @contextmanager
@@ -910,20 +910,20 @@ def load_pretrained(directory: str | Path, impl: str = "fused", device="cpu", dt
     and every wrong shape. A checkpoint without MTP weights gives a model without MTP, with a line saying so.
     """
     config = load_config(directory)
-    files = _checkpoint_files(Path(directory))
-    names = {name: file for file in files for name in file.keys()}
-    L = config.num_hidden_layers
-    mtp_prefixes = tuple(f"model.layers.{L + i}." for i in range(config.num_nextn_predict_layers))
-    if mtp_prefixes and not any(name.startswith(mtp_prefixes) for name in names):
+    names = {name: file for file in _checkpoint_files(Path(directory)) for name in file.keys()}
+    prefixes = _mtp_prefixes(config)
+    if prefixes and not any(name.startswith(prefixes) for name in names):
         print(f"{directory}: no MTP weights, loading the main model only", file=sys.stderr)
         config = replace(config, num_nextn_predict_layers=0)
     model = Transformer(config, impl, init=False).to(device=device, dtype=dtype)
     for _, moe in model.moe_layers():
         moe.gate.float()  # the router and its bias stay float32
-    views = disk_tensors(model)
-    copies = _mtp_copies(config)
-    _check_names(directory, set(views) - set(copies), set(names) - set(copies))
-    for name in sorted(set(names) & set(views) - set(copies)):
+    views, copies = disk_tensors(model), _mtp_copies(config).keys()
+    wanted, got = views.keys() - copies, names.keys() - copies
+    for what, odd in (("missing", wanted - got), ("unexpected", got - wanted)):
+        if odd:
+            raise UserError(f"{directory}: {len(odd)} {what} tensors: {', '.join(sorted(odd))}")
+    for name in sorted(wanted):
         tensor = names[name].get_tensor(name)
         if tensor.shape != views[name].shape:
             raise UserError(f"{directory}: {name} has shape {tuple(tensor.shape)}, "
@@ -947,12 +947,6 @@ def _checkpoint_files(directory: Path) -> list:
         raise UserError(f"{directory}: weights cannot be read ({error}): the file is truncated or foreign") from None
 
 
-def _check_names(directory, wanted: set[str], got: set[str]) -> None:
-    for what, names in (("missing", wanted - got), ("unexpected", got - wanted)):
-        if names:
-            raise UserError(f"{directory}: {len(names)} {what} tensors: {', '.join(sorted(names))}")
-
-
 # ------------------------------------------------------------------------------------------ self-portrait
 
 
@@ -965,9 +959,9 @@ def count_parameters(config: Config) -> dict[str, int]:
     with torch.device("meta"):
         model = Transformer(config, init=False)
     size = {name: tensor.numel() for name, tensor in model.state_dict().items()}
-    is_mtp = tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers))
-    mtp = sum(n for name, n in size.items() if is_mtp and name.startswith(is_mtp))
-    experts = sum(n for name, n in size.items() if ".experts." in name and not (is_mtp and name.startswith(is_mtp)))
+    prefixes = _mtp_prefixes(config)
+    mtp = sum(n for name, n in size.items() if name.startswith(prefixes))
+    experts = sum(n for name, n in size.items() if ".experts." in name and not name.startswith(prefixes))
     total, embedding = sum(size.values()), size["model.embed_tokens.weight"]
     idle = experts * (config.n_routed_experts - config.num_experts_per_tok) // config.n_routed_experts
     return {"main": total - mtp, "mtp": mtp, "total": total, "embedding": embedding,
