@@ -19,7 +19,7 @@ import math
 import os
 import sys
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Iterator
 
@@ -120,10 +120,9 @@ class Config:
         """A named preset with changes on top. Raises UserError for an unknown name or key."""
         if name not in PRESETS:
             raise UserError(f"preset: got {name!r}, wanted one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
-        known = [field.name for field in fields(cls)]
         for key in changes:
-            if key not in known:
-                raise UserError(f"config: no key {key!r}{nearest(key, known)}")
+            if key not in cls.__dataclass_fields__:
+                raise UserError(f"config: no key {key!r}{nearest(key, cls.__dataclass_fields__)}")
         return cls(**(PRESETS[name] | changes))
 
     @classmethod
@@ -141,14 +140,13 @@ class Config:
                 raise UserError(f"config.json: {key} is {values[key]!r}, only {only!r} is supported")
         if values.get("num_key_value_heads") not in (None, values.get("num_attention_heads")):
             raise UserError("config.json: num_key_value_heads differs from num_attention_heads, MLA has one latent")
-        names = {field.name for field in fields(cls)}
-        own = {key: value for key, value in values.items() if key in names}
+        own = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
         own = _BY_MODEL_TYPE[kind] | {k: v for k, v in own.items() if v is not None or k == "q_lora_rank"}
         return cls(**(own | _read_rope(values)))
 
     def to_dict(self) -> dict:
         """The `config.json` in its public form, which transformers loads."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        own = asdict(self)
         rope = {name[5:]: own.pop(name) for name in list(own) if name.startswith("rope_") and name != "rope_theta"}
         is_v3 = self.topk_method == "noaux_tc"
         return own | {
@@ -188,11 +186,9 @@ def _read_rope(values: dict) -> dict:
         raise UserError(f"config.json: rope type is {kind!r}, wanted 'default' or 'yarn'")
     out = {"rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0}
     if kind == "yarn":
-        out["rope_factor"] = rope.get("factor")
-        length = rope.get("original_max_position_embeddings") or values.get("max_position_embeddings")
-        out["rope_original_max_position_embeddings"] = length
-        for key, default in (("beta_fast", 32), ("beta_slow", 1), ("mscale", 1), ("mscale_all_dim", 0)):
-            out["rope_" + key] = rope.get(key) or default
+        defaults = {"factor": None, "original_max_position_embeddings": values.get("max_position_embeddings"),
+                    "beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0}
+        out |= {f"rope_{key}": rope.get(key) or default for key, default in defaults.items()}
         if not out["rope_mscale_all_dim"]:
             out["rope_mscale"] = 1.0  # transformers looks at mscale only where both are given
     return out

@@ -134,9 +134,8 @@ class Generation:
 @torch.no_grad()
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_samples: int = 1,
              max_new_tokens: int = 256, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             stop_ids: Sequence[int] = (), seed: int | Sequence[int] | None = None,
-             keep_routing: bool = False, keep_sampling_mask: bool = False,
-             on_token: Callable[[int, int], None] | None = None) -> Generation:
+             stop_ids: Sequence[int] = (), seed: int | Sequence[int] | None = None, keep_routing: bool = False,
+             keep_sampling_mask: bool = False, on_token: Callable[[int, int], None] | None = None) -> Generation:
     """Sample `num_samples` completions of each prompt, all in one batch.
 
     Every prompt is read once; its latents are then repeated for its samples. A row ends at a stop id,
@@ -313,8 +312,7 @@ def parse_flags(cls, argv: Sequence[str], description: str):
     >>> parse_flags(Knobs, ["--micro-batch", "4"], "example")
     Knobs(micro_batch=4)
     """
-    parser = _Parser(description=description, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     hints = get_type_hints(cls)
     for each in fields(cls):
         _add_flag(parser, each, hints[each.name])

@@ -273,9 +273,8 @@ def count_targets(targets: Tensor, config: Config, world: Dist) -> Tensor:
     return world.all_reduce_sum(torch.tensor(counts, dtype=torch.float64).to(targets.device))
 
 
-def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: Dist, *, micro_batch: int,
-               lr: float, mtp_loss_weight: float, aux_loss_alpha: float, bias_update_speed: float,
-               clip: float = 1.0) -> dict:
+def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: Dist, *, micro_batch: int, lr: float,
+               mtp_loss_weight: float, aux_loss_alpha: float, bias_update_speed: float, clip: float = 1.0) -> dict:
     """One optimizer step on this rank's share (n, T) of the global batch.
 
     `total = ce + mtp_loss_weight * mtp + aux_loss_alpha * balance`, each a mean over the real targets (or the
@@ -704,8 +703,7 @@ def build_data(config: TrainConfig, tokenizer, world: Dist, say) -> tuple[Loader
     rows = max(1, config.eval_tokens // config.seq_len)
     evals = {f"{split}_{domain}": list(eval_batches(files[domain], config.seq_len, config.micro_batch, rows))
              for split, files in (("val", corpus.val), ("train", corpus.train)) for domain in corpus.domains}
-    loader = Loader(corpus.train, config.seq_len, rank=world.rank, world_size=world.world_size,
-                    seed=config.seed)
+    loader = Loader(corpus.train, config.seq_len, rank=world.rank, world_size=world.world_size, seed=config.seed)
     return loader, {name: batches for name, batches in evals.items() if batches}
 
 
