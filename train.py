@@ -510,10 +510,10 @@ class Trainer:
         self.wrapped = world.wrap(model)
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay, (config.beta1, config.beta2))
         self.step, self.seconds = 0, 0.0  # done so far
-        self.load_steps: list[int] = []
-        self.loads: list[Tensor] = []  # (MoE layers, E) routed tokens at load_steps
+        self.stride = max(1, self.plan.steps // 200)  # of the steps whose loads are kept for the picture
+        self.loads: list[Tensor] = []  # (MoE layers, E) routed tokens of every `stride`-th step
         self.usage: dict[str, Tensor] = {}  # per domain, (MoE layers, E) of the latest evaluation
-        self.latest: dict[str, float] = {}  # the latest value of every column
+        self.latest: dict[str, float] = {}  # losses of the latest evaluation
 
     def run(self) -> bool:
         """Train to the end of the plan; False when a signal ended it early. Either way all is saved."""
@@ -547,16 +547,13 @@ class Trainer:
         values = train_step(self.wrapped, self.optimizer, tokens, targets, self.world, clip=config.clip,
                             micro_batch=config.micro_batch, aux_loss_alpha=config.aux_loss_alpha, **knobs)
         load = values.pop("load")
-        if self.step % max(1, self.plan.steps // 200) == 0 and len(load):
-            self.load_steps.append(self.step)
+        if self.step % self.stride == 0 and len(load):
             self.loads.append(load)
         seconds, tokens_seen = time.monotonic() - start, self.plan.tokens[self.step]
         self.seconds += seconds
         self.step += 1
-        values |= knobs | {"step": self.step, "tokens": tokens_seen, "max_vio": max_violation(load),
-                           "tokens_per_s": sequences * config.seq_len / seconds, "seconds": self.seconds}
-        self.latest |= values
-        return values
+        return values | knobs | {"step": self.step, "tokens": tokens_seen, "max_vio": max_violation(load),
+                                 "tokens_per_s": sequences * config.seq_len / seconds, "seconds": self.seconds}
 
     def row(self, values: dict[str, float]) -> dict:
         """The values in the order of the log's columns; empty where there is none."""
@@ -574,9 +571,8 @@ class Trainer:
             if name.startswith("val_"):
                 self.usage[name[4:]] = used
                 mtp.append(losses["mtp"])
-        values |= {"val_mtp": sum(mtp) / len(mtp)} if mtp else {}
-        self.latest |= values
-        return values
+        self.latest = values | ({"val_mtp": sum(mtp) / len(mtp)} if mtp else {})
+        return self.latest
 
     def losses(self) -> str:
         """The latest validation losses in words; a corpus of few documents may have none for validation."""
@@ -591,9 +587,8 @@ class Trainer:
         tensors |= optimizer_tensors(self.model, self.optimizer) | {"rng": torch.get_rng_state()}
         if self.loads:
             tensors["loads"] = torch.stack(self.loads)  # (n, MoE layers, E)
-        notes = {name: getattr(self, name) for name in ("step", "seconds", "latest", "load_steps")}
-        notes |= {"loader": self.loader.state_dict(), "precision": precision_of(self.model)}
-        self.folder.save(tensors, notes)
+        self.folder.save(tensors, {"step": self.step, "seconds": self.seconds, "latest": self.latest,
+                                   "loader": self.loader.state_dict(), "precision": precision_of(self.model)})
         self.world.barrier()
 
     def restore(self, tensors: dict[str, Tensor], notes: dict) -> None:
@@ -603,7 +598,7 @@ class Trainer:
         torch.set_rng_state(tensors["rng"])
         self.loader.load_state_dict(notes["loader"])
         self.step, self.seconds, self.latest = notes["step"], notes["seconds"], notes["latest"]
-        self.load_steps, self.loads = notes["load_steps"], list(tensors.get("loads", ()))
+        self.loads = list(tensors.get("loads", ()))
 
     def draw(self) -> None:
         """Redraw the pictures of the run folder."""
@@ -612,8 +607,8 @@ class Trainer:
         path, uniform = self.folder.path, math.log(self.model.config.vocab_size)
         plot.loss_figure(path / "loss.png", self.folder.rows(), uniform)
         if self.loads:
-            names, x = layer_names(self.model), [self.plan.tokens[step] / 1e6 for step in self.load_steps]
-            loads = torch.stack(self.loads)  # (n, MoE layers, E)
+            names, loads = layer_names(self.model), torch.stack(self.loads)  # (n, MoE layers, E)
+            x = [tokens / 1e6 for tokens in self.plan.tokens[:: self.stride]][: len(loads)]
             plot.expert_load_figure(path / "expert_load.png", loads, x, names, "million tokens seen")
             plot.expert_domains_figure(path / "expert_domains.png", self.usage, names)
 
@@ -649,8 +644,7 @@ def time_micro_step(model: Transformer, tokens: Tensor, precision: str, impl: st
             torch.cuda.synchronize()
         seconds = time.monotonic() - start
     model.zero_grad(set_to_none=True)
-    for _, moe in model.moe_layers():
-        moe.gate.counts.zero_()
+    model.update_routing_bias(0.0)  # clears the counts
     return seconds
 
 
