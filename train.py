@@ -25,6 +25,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, fields
 from itertools import accumulate, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.distributed as dist
@@ -258,8 +259,7 @@ def make_optimizer(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.95
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
               {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0}]
-    is_fused = parameters[0].device.type in ("cpu", "cuda", "mps")
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=is_fused)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=1e-8, fused=True)
 
 
 def count_targets(targets: Tensor, config: Config, world: Dist) -> Tensor:
@@ -712,9 +712,8 @@ def build_trainer(config: TrainConfig, world: Dist) -> Trainer:
     if not config.resume:
         folder.start(knobs, config.overwrite)
     loader, evals = build_data(config, tokenizer, world, say)
-    start = loader.state_dict()
     micro = loader.next_batch(plan.sequences[-1])[0][: config.micro_batch].to(world.device)  # (n, T)
-    loader.load_state_dict(start)
+    loader.position = 0  # this batch was for the clock only
     precision = notes.get("precision", config.precision)
     seconds, reason = choose_precision(precision, model, micro, config.impl, world)
     trainer = Trainer(config, model, tokenizer, loader, folder, world, evals)
@@ -831,8 +830,6 @@ def timed_step(loss_of, optimizer, tokens, targets, micro_batch: int) -> list[fl
 
 def transformers_twin(model: Transformer):
     """transformers' DeepseekV3 with the weights of `model`. Raises ImportError where it is not installed."""
-    from tempfile import TemporaryDirectory
-
     from transformers import DeepseekV3ForCausalLM
     from transformers.utils import logging
 
