@@ -9,12 +9,13 @@
 
 import argparse
 import codecs
+import ctypes
 import math
 import os
 import sys
 import time
 import types
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, NoReturn, Sequence, get_args, get_origin, get_type_hints
@@ -360,8 +361,20 @@ def _converter(kind, allows_none: bool) -> Callable[[str], object]:
     return convert
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed: memory that comes from the system anew is paid for page by page.
+
+    In training that is 6 % of a step of `tiny`, and a quarter of one with 256 experts.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own, which would go back at once
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
 def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
     """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit code 2."""
+    keep_freed_memory()
     try:
         code = main(sys.argv[1:]) or 0
         sys.stdout.flush()
