@@ -665,8 +665,8 @@ void expert_ffn(float *y, float *room, const float *u, const float *gate_up, con
         for (long i = 0; i < n; i++) {
             float *gate = room + i * 2 * F, *up = gate + F;
             for (long f = 0; f < F; f++) {
-                float x = gate[f], e = exponential(x > 0 ? -x : x);
-                gate[f] = gates[pair[i]] * x * (x > 0 ? 1 : e) / (1 + e) * up[f];
+                float x = gate[f], fade = exponential(x > 0 ? -x : x);  // silu(x) = x / (1 + e^-x)
+                gate[f] = gates[pair[i]] * x * (x > 0 ? 1 : fade) / (1 + fade) * up[f];
             }
             rows[i] = gate;
         }
@@ -685,7 +685,8 @@ def compiled() -> tuple[ctypes.CDLL | None, str]:
 
     The library stays in the user's cache folder under a name made of all that went into it.
     """
-    widths = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
+    avx2, avx512 = ["-mavx2", "-mfma"], [f"-mavx512{part}" for part in ("f", "bw", "dq", "vl")]
+    widths = {"AVX2": avx2, "AVX512": [*avx2, *avx512, "-mprefer-vector-width=512"]}
     threads = [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*")][:1]  # torch's own, to share them
     command = ["cc", "-std=c11", "-O3", "-shared", "-fPIC", *widths.get(torch.backends.cpu.get_cpu_capability(), []),
                "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
@@ -702,7 +703,8 @@ def compiled() -> tuple[ctypes.CDLL | None, str]:
                 made.replace(library)
         functions = ctypes.CDLL(str(library))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        return None, f"float32 decoding without C: {str(error).splitlines()[0]}"
+        told = (getattr(error, "stderr", None) or b"").decode(errors="replace") or str(error)
+        return None, f"float32 decoding without C: {told.splitlines()[0]}"
     pointer, size, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_double
     functions.linear.argtypes = 3 * [pointer] + 3 * [size]
     functions.rms_norm.argtypes = 3 * [pointer] + [number] + 3 * [size]

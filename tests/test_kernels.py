@@ -273,6 +273,9 @@ def test_without_a_compiler_or_a_cache_there_is_a_line_and_no_c(tmp_path, monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     library, reason = compiled()
     assert library is None and reason.startswith("float32 decoding without C: ") and "cc" in reason
+    (tmp_path / "cc").write_text("#!/bin/sh\necho 'cc: error: I am old' >&2\necho more >&2\nexit 1\n")
+    (tmp_path / "cc").chmod(0o755)
+    assert compiled() == (None, "float32 decoding without C: cc: error: I am old")
     assert not list((tmp_path / ".cache" / "plainseek").iterdir())
     monkeypatch.setattr(kernels, "compiled", lambda: (library, reason))
     assert select("fused").rms_norm is OPS["rms_norm"].fused and reason in select("fused").reasons
