@@ -96,7 +96,7 @@ class Config:
             if field.type is bool:
                 yield field.name, "true or false", isinstance(value, bool)
             elif field.type is float:
-                is_number = isinstance(value, (int, float))
+                is_number = type(value) in (int, float)
                 yield field.name, "a finite number, not negative", is_number and 0 <= value < math.inf
             elif field.type is int or (field.type is not str and value is not None):
                 yield field.name, f"a whole number, at least {least}", isinstance(value, int) and value >= least

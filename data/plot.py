@@ -5,7 +5,6 @@
 
 import csv
 import json
-import os
 import sys
 from contextlib import contextmanager
 from itertools import cycle
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import UserError
+from data import UserError, whole_file
 
 COLORS = ("#2f6db5", "#d9622b", "#3c9d6e", "#8a5fb5", "#c2456b", "#b8912b", "#4aa3b8", "#6b6b6b")
 COOL_TO_WARM = ("#2f6db5", "#a9c6e4", "#f7f5f0", "#f0b48f", "#c9501b")  # below, at, above the even load
@@ -35,15 +34,13 @@ def picture(path: str | Path, title: str, size: tuple[float, float]):
     import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    path = Path(path)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, x=0.01, ha="left", fontsize=15, fontweight="bold")
         yield figure
-        aside = path.with_name(path.name + ".part")
         try:
-            figure.savefig(aside, format="png", dpi=120)
-            os.replace(aside, path)
+            with whole_file(path) as file:
+                figure.savefig(file, format="png", dpi=120)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}") from None
 
