@@ -13,7 +13,6 @@ Shapes use the legend of model.py.
 import ctypes
 import hashlib
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
@@ -25,6 +24,8 @@ from typing import Callable, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from data import UserError, run_main
 
 IGNORE = -100  # a target with this value has no loss, as in F.cross_entropy
 
@@ -84,7 +85,7 @@ def by_onednn(function: Callable, least: int = 64) -> Callable:
 
 
 def linear_reference(x, weight, bias=None):
-    """`y = x W^T + b`. x (..., K); weight (N, K); bias (N,)."""
+    """`y = x W^T + b`. x (..., I); weight (O, I); bias (O,)."""
     return F.linear(x, weight, bias)
 
 
@@ -600,21 +601,12 @@ def linear_cross_entropy_fused(h, weight, targets):
 
 
 # When one token follows the other, products are short and what costs is to call them: a MoE layer is some 25 calls
-# into torch for a token's four experts. Here it is one. Compiled with the machine's own C compiler, in a quarter of
-# a second; the operations are those of the reference twins above, in their words.
+# into torch for a token's four experts. Here it is one, compiled with the machine's own C compiler in a quarter of a
+# second.
 C_SOURCE = r"""
-static float exponential(float x) {  // e^x for x <= 0, off by 1e-7 of it at most: 2^whole * 2^part
-    float t = x * 1.44269504f;
-    t = t < -126.0f ? -126.0f : t;
-    int whole = (int)(t - 0.5f);
-    float part = t - whole, y = 1.5353362e-4f;
-    y = y * part + 1.3398874e-3f, y = y * part + 9.6184373e-3f, y = y * part + 5.5503324e-2f;
-    y = y * part + 2.4022648e-1f, y = y * part + 6.9314720e-1f, y = y * part + 1.0f;
-    union { int bits; float value; } power = {(whole + 127) << 23};
-    return y * power.value;
-}
+#include <math.h>
 
-// y (N, O) = x W^T for N rows of I numbers that may lie anywhere; each row of W is read once, for four rows of x
+// y (N, O) = x W^T for N rows of I numbers that may lie anywhere, four of them at a time beside each row of W
 static void product(float *y, const float **x, long N, const float *w, long O, long I) {
     #pragma omp parallel for if (N * O * I > 1 << 18)
     for (long o = 0; o < O; o++) {
@@ -646,7 +638,7 @@ void rms_norm(float *y, const float *x, const float *w, double eps, long N, long
         const float *row = x + n * stride;
         float squares = 0;
         for (long c = 0; c < C; c++) squares += row[c] * row[c];
-        float scale = 1 / __builtin_sqrtf(squares / C + (float)eps);
+        float scale = 1 / sqrtf(squares / C + (float)eps);
         for (long c = 0; c < C; c++) y[n * C + c] = row[c] * scale * w[c];
     }
 }
@@ -664,10 +656,8 @@ void expert_ffn(float *y, float *room, const float *u, const float *gate_up, con
         product(room, rows, n, gate_up + e * 2 * F * C, 2 * F, C);
         for (long i = 0; i < n; i++) {
             float *gate = room + i * 2 * F, *up = gate + F;
-            for (long f = 0; f < F; f++) {
-                float x = gate[f], fade = exponential(x > 0 ? -x : x);  // silu(x) = x / (1 + e^-x)
-                gate[f] = gates[pair[i]] * x * (x > 0 ? 1 : fade) / (1 + fade) * up[f];
-            }
+            for (long f = 0; f < F; f++)  // silu(x) = x / (1 + e^-x)
+                gate[f] *= gates[pair[i]] * up[f] / (1 + expf(-gate[f]));
             rows[i] = gate;
         }
         float *out = room + n * 2 * F;
@@ -689,9 +679,9 @@ def compiled() -> tuple[ctypes.CDLL | None, str]:
     widths = {"AVX2": avx2, "AVX512": [*avx2, *avx512, "-mprefer-vector-width=512"]}
     threads = [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*")][:1]  # torch's own, to share them
     command = ["cc", "-std=c11", "-O3", "-shared", "-fPIC", *widths.get(torch.backends.cpu.get_cpu_capability(), []),
-               "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
-               *(["-fopenmp", "-Wl,--as-needed", *threads] if threads else ["-Wno-unknown-pragmas"])]
-    name = hashlib.sha256(" ".join([C_SOURCE, *command]).encode()).hexdigest()[:16]
+               "-fno-math-errno", "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
+    libraries = ["-lm", *(["-fopenmp", "-Wl,--as-needed", *threads] if threads else ["-Wno-unknown-pragmas"])]
+    name = hashlib.sha256(" ".join([C_SOURCE, *command, *libraries]).encode()).hexdigest()[:16]
     library = Path.home() / ".cache" / "plainseek" / f"{name}.so"
     try:
         if not library.exists():
@@ -699,7 +689,8 @@ def compiled() -> tuple[ctypes.CDLL | None, str]:
             with tempfile.TemporaryDirectory(dir=library.parent) as folder:
                 source, made = Path(folder, "decode.c"), Path(folder, "decode.so")
                 source.write_text(C_SOURCE)
-                subprocess.run([*command, str(source), "-o", str(made)], check=True, capture_output=True, timeout=60)
+                command += [str(source), "-o", str(made), *libraries]
+                subprocess.run(command, check=True, capture_output=True, timeout=60)
                 made.replace(library)
         functions = ctypes.CDLL(str(library))
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
@@ -740,7 +731,7 @@ def rms_norm_in_c(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def expert_ffn_in_c(u, gate_up, down, topk_idx, gates):
     """The same in one call, for few pairs (token, k) per expert: with many, products by a library are faster."""
     (N, K), (E, C, F_) = topk_idx.shape, down.shape
-    if N * K * C > 7000 * E or not all(map(is_for_c, (u, gate_up, down, gates))):
+    if N * K * max(C, 64) > 7000 * E or not all(map(is_for_c, (u, gate_up, down, gates))):
         return expert_ffn_fused(u, gate_up, down, topk_idx, gates)
     topk_idx, y, room = topk_idx.contiguous(), torch.empty_like(u), u.new_empty(N * K, 2 * F_ + C)
     pointers = [x.data_ptr() for x in (y, room, u, gate_up, down, topk_idx, gates)]
@@ -888,14 +879,12 @@ def measure(twin: Callable, inputs: tuple) -> tuple[Tensor, float, float, int]:
         return out.detach(), seconds(lambda: twin(*inputs)), both, sum(kept[key] for key in kept.keys() - known)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Print the table of one shape and dtype."""
     name, kind = ([*argv, "tiny"][0], [*argv[1:], "fp32"][0])
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if len(argv) > 2 or name not in SHAPES or kind not in dtypes:
-        wanted = f"python kernels.py [{' | '.join(SHAPES)}] [fp32 | bf16]"
-        print(f"error: got {' '.join(argv)}, wanted: {wanted}", file=sys.stderr)
-        return 2
+        raise UserError(f"got {' '.join(argv)}, wanted: python kernels.py [{' | '.join(SHAPES)}] [fp32 | bf16]")
     torch.manual_seed(0)
     ops = select("fused", dtype=dtypes[kind])
     ceiling = matmul_ceiling(dtypes[kind])
@@ -914,8 +903,7 @@ def main(argv: list[str]) -> int:
         share = f"{3 * flops / twins[1][2] / ceiling:12.0%}" if flops else f"{'-':>12}"
         print(f"{row:22}{forward:>19}{both:>21}{twins[0][2] / twins[1][2]:>7.2f}x{kept:>18}"
               f"{errors[0]:>10.0e} ->{errors[1]:.0e}{share}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

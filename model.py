@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from data import UserError, nearest
+from data import UserError, nearest, run_main
 from kernels import IGNORE, Kernels, at_least_float32, select
 
 SHARD_BYTES = 5_000_000_000  # one safetensors file holds at most this much
@@ -341,13 +341,16 @@ class Cache:
     def advance(self, tokens: int | Tensor) -> None:
         """Accept `tokens` more: one number for all rows, or (B,) for rows of unequal prompts."""
         self.length = self.length + tokens
-        self.shortest, self.longest = (int(x) for x in self.length.aminmax())
+        if isinstance(tokens, int):
+            self.shortest, self.longest = self.shortest + tokens, self.longest + tokens
+        else:
+            self.shortest, self.longest = (int(x) for x in self.length.aminmax())
 
     def select(self, rows: Tensor) -> "Cache":
         """A cache of the given rows, (n,) int64; a row may come several times."""
         out = copy.copy(self)
         out.buffer, out.length = self.buffer[:, rows], self.length[rows]
-        out.advance(0)
+        out.advance(torch.zeros_like(out.length))
         return out
 
 
@@ -1027,19 +1030,13 @@ def _si(value: float) -> str:
     return f"{value:.3g} Y"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Print the self-portrait of a preset or of a checkpoint directory."""
     name = argv[0] if argv else "tiny"
-    try:
-        if len(argv) > 1 or name.startswith("-"):
-            raise UserError(f"got {' '.join(argv)}, wanted: python model.py [{' | '.join(PRESETS)} | directory]")
-        config = load_config(name) if Path(name).is_dir() else Config.preset(name)
-        print(portrait(config, name))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if len(argv) > 1 or name.startswith("-"):
+        raise UserError(f"got {' '.join(argv)}, wanted: python model.py [{' | '.join(PRESETS)} | directory]")
+    print(portrait(load_config(name) if Path(name).is_dir() else Config.preset(name), name))
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

@@ -31,14 +31,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train
-from data import UserError, plot
+from data import UserError, plot, run_main
 from data.corpus import prepare
 from data.loader import Loader
 from data.tasks import EOS, Problem, Task, load_task, prompt_text, reward_total, split_completion
 from data.tokenizer import load_tokenizer
 from kernels import IGNORE
 from model import Transformer, load_pretrained, save_pretrained, write_json, written_aside
-from sample import Generation, generate, knob, parse_flags, run_main
+from sample import Generation, generate, knob, parse_flags
 from train import (Dist, Progress, RunFolder, StopSignal, TrainConfig, Trainer, layer_names, load_optimizer,
                    make_optimizer, max_violation, minutes, optimizer_tensors, setup_distributed, update_routing)
 

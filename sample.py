@@ -9,13 +9,12 @@
 
 import argparse
 import codecs
-import ctypes
 import math
 import os
 import sys
 import time
 import types
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, NoReturn, Sequence, get_args, get_origin, get_type_hints
@@ -23,7 +22,7 @@ from typing import Callable, Iterator, NamedTuple, NoReturn, Sequence, get_args,
 import torch
 from torch import Tensor
 
-from data import UserError, nearest
+from data import UserError, nearest, run_main
 from data.tasks import prompt_text
 from data.tokenizer import load_tokenizer
 from model import Cache, Config, Transformer, load_pretrained
@@ -238,7 +237,7 @@ def _prefill(model, out: Generation, num_samples: int, keep_routing: bool) -> tu
             kept = nobody.repeat(len(lengths), T, 1)  # (prompts, T, K)
             kept[:, :longest] = torch.where(is_prompt.unsqueeze(-1), chosen, nobody)
             out.routing.append(kept[rows])
-    return logits[rows], cache.select(rows)
+    return logits[rows], cache if num_samples == 1 else cache.select(rows)
 
 
 def _record(out: Generation, rows, at, is_stop, token, logp, entropy, support) -> None:
@@ -359,34 +358,6 @@ def _converter(kind, allows_none: bool) -> Callable[[str], object]:
             raise argparse.ArgumentTypeError(f"got {text!r}, wanted {kind.__name__}") from None
 
     return convert
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed: memory that comes from the system anew is paid for page by page.
-
-    In training that is 6 % of a step of `tiny`, and a quarter of one with 256 experts.
-    """
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own, which would go back at once
-        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
-
-
-def run_main(main: Callable[[list[str]], int | None]) -> NoReturn:
-    """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit code 2."""
-    keep_freed_memory()
-    try:
-        code = main(sys.argv[1:]) or 0
-        sys.stdout.flush()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    sys.exit(code)
 
 
 def pick_device(name: str) -> torch.device:

@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import UserError, nearest, plot
+from data import UserError, nearest, plot, run_main
 from data.corpus import prepare
 from data.loader import Loader, eval_batches
 from data.tasks import BOS, load_task, prompt_text
@@ -44,7 +44,7 @@ from data.tokenizer import load_tokenizer
 from kernels import IGNORE, matmul_ceiling
 from model import (PRESETS, Config, Transformer, count_parameters, flops_per_token, load_pretrained,
                    save_pretrained, write_json, written_aside)
-from sample import evaluating, generate, knob, parse_flags, pick_device, run_main
+from sample import evaluating, generate, knob, parse_flags, pick_device
 
 # --------------------------------------------------------------------------------------------- the knobs
 

@@ -5,7 +5,6 @@
 
 import csv
 import json
-import sys
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data import UserError, whole_file
+from data import UserError, run_main, whole_file
 
 COLORS = ("#2f6db5", "#d9622b", "#3c9d6e", "#8a5fb5", "#c2456b", "#b8912b", "#4aa3b8", "#6b6b6b")
 COOL_TO_WARM = ("#2f6db5", "#a9c6e4", "#f7f5f0", "#f0b48f", "#c9501b")  # below, at, above the even load
@@ -120,7 +119,8 @@ def expert_load_figure(path: str | Path, loads: Tensor, x: list[float], names: l
         load_bar(figure, image, axes[:-1], ("idle", "even", "twice\nits share"))
         for layer, color in zip(shown, COLORS):
             axes[-1].plot(x, relative[:, layer].amax(-1) - 1, color=color, linewidth=1.3, label=names[layer])
-        axes[-1].set(xlabel=xlabel, ylabel="MaxVio", xlim=(x[0], right), ylim=(0, None))
+        top = 1.3 * float(relative[:, shown].amax()) - 1.3  # room for the legend
+        axes[-1].set(xlabel=xlabel, ylabel="MaxVio", xlim=(x[0], right), ylim=(0, top or 1))
         axes[-1].set_title("how far the fullest expert is above its share: 0 is perfect", fontsize=11)
         axes[-1].legend(ncols=len(shown), loc="upper right")
         axes[-1].grid(axis="y")
@@ -252,22 +252,22 @@ def compare_figure(path: Path, runs: dict[str, Tensor], pairs: list[tuple[str, s
         label_ends(right, ends)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Draw compare.png beside the first run and print the differences, over all steps and over the last fifth."""
     runs, first, pairs = {}, {}, []
-    try:
-        for folder in map(Path, argv):
-            seed = json.loads((folder / "train.json").read_text())["seed"]
-            rows = csv.DictReader((folder / "log.csv").read_text().splitlines())
-            runs[folder.name] = torch.tensor([float(row["ce"]) for row in rows if row["ce"]])
-            if first.setdefault(seed, folder.name) != folder.name:
-                pairs.append((folder.name, first[seed]))
-    except (OSError, KeyError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for name in argv:
+        try:
+            seed = json.loads(Path(name, "train.json").read_text())["seed"]
+            rows = csv.DictReader(Path(name, "log.csv").read_text().splitlines())
+            runs[name] = torch.tensor([float(row["ce"]) for row in rows if row["ce"]])
+        except (OSError, KeyError, ValueError) as error:
+            raise UserError(f"{name}: no run that can be read ({error})") from None
+        if not len(runs[name]):
+            raise UserError(f"{name}: its log holds no step yet")
+        if first.setdefault(seed, name) != name:
+            pairs.append((name, first[seed]))
     if not pairs:
-        print("error: got no two runs of one seed, wanted: python -m data.plot out/one out/two", file=sys.stderr)
-        return 2
+        raise UserError("got no two runs of one seed, wanted: python -m data.plot out/one out/two")
     for name, baseline in pairs:
         steps = min(len(runs[name]), len(runs[baseline]))
         one, two = runs[name][:steps], runs[baseline][:steps]
@@ -276,8 +276,7 @@ def main(argv: list[str]) -> int:
     path = Path(argv[0]).parent / "compare.png"
     compare_figure(path, runs, pairs)
     print(path)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    run_main(main)

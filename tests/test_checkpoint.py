@@ -281,11 +281,11 @@ def test_an_unfinished_file_of_another_save_does_no_harm(saved):
     assert not list(directory.glob("*.part"))
 
 
-def test_the_command_line_shows_a_checkpoint_and_refuses_a_broken_one(saved, capsys):
-    assert ours.main([str(saved[1])]) == 0
+def test_the_command_line_shows_a_checkpoint_and_refuses_a_broken_one(saved, capsys, exit_code):
+    assert exit_code(ours.main, saved[1]) == 0
     assert f"{ours.count_parameters(saved[0].config)['main']:,}" in capsys.readouterr().out
     (saved[1] / "config.json").write_text("{")
-    assert ours.main([str(saved[1])]) == 2
+    assert exit_code(ours.main, saved[1]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1
 

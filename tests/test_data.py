@@ -237,17 +237,22 @@ def test_fineweb_shards_are_checked_and_their_marks_become_ours(tmp_path):
 # ---------------------------------------------------------------------------------------------- pictures
 
 
-def test_runs_are_compared_with_the_first_of_their_seed(tmp_path, capsys):
+def test_runs_are_compared_with_the_first_of_their_seed(tmp_path, capsys, exit_code, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "train.json").write_text('{"seed": 0}')
+    (tmp_path / "e" / "log.csv").write_text("step,ce\n0,\n")
     for name, seed, factor, steps in (("a", 0, 1, 100), ("b", 1, 1, 90), ("c", 1, 1.01, 80), ("d", 0, 0.98, 100)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "train.json").write_text(f'{{"seed": {seed}}}')
         losses = [f"{step},{factor * (5 - step / 50 + seed)}" for step in range(1, steps + 1)]
         (tmp_path / name / "log.csv").write_text("\n".join(["step,ce", "0,", *losses]))
-    assert plot.main([str(tmp_path / name) for name in "abcd"]) == 0
+    assert exit_code(plot.main, *"abcd") == 0
     told = capsys.readouterr().out.splitlines()
     assert told == ["c against b: +1.00 % over all steps, +1.00 % over the last fifth",
-                    "d against a: -2.00 % over all steps, -2.00 % over the last fifth", str(tmp_path / "compare.png")]
+                    "d against a: -2.00 % over all steps, -2.00 % over the last fifth", "compare.png"]
     assert (tmp_path / "compare.png").read_bytes()[:4] == b"\x89PNG"
-    for wrong, said in (("ab", "no two runs of one seed"), ("ae", "No such file"), ("", "wanted: python -m data.plot")):
-        assert plot.main([str(tmp_path / name) for name in wrong]) == 2
+    for wrong, said in (("ab", "no two runs of one seed"), ("af", "f: no run"), ("", "wanted: python -m data.plot"),
+                        ("ae", "e: its log holds no step yet")):
+        assert exit_code(plot.main, *wrong) == 2
         assert said in capsys.readouterr().err

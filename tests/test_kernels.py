@@ -259,6 +259,14 @@ def test_c_takes_rows_of_a_wider_matrix():
 
 
 @needs_c
+def test_c_never_gets_more_pairs_than_its_stack_holds():
+    """However narrow the model is; twenty megabytes of pairs would end the process."""
+    inputs = cast(expert_inputs(300_000, 1, 1, 256, 4), torch.float32)
+    with torch.no_grad():
+        assert OPS["expert_ffn"].in_c(*inputs).isfinite().all()
+
+
+@needs_c
 def test_infinities_come_through_c():
     u, gate_up, down, topk_idx, gates = cast(expert_inputs(2, 8, 4, 3, 2), torch.float32)
     u[0, 0], u[1, 0] = torch.nan, 1e30
@@ -466,16 +474,16 @@ def test_shapes_are_those_of_the_presets():
         assert {k: v for k, v in shape.items() if k in names} == {k: getattr(config, v) for k, v in names.items()}
 
 
-def test_the_table_names_every_operation_with_two_twins(capsys, monkeypatch):
+def test_the_table_names_every_operation_with_two_twins(capsys, monkeypatch, exit_code):
     small = dict(B=2, T=8, C=16, H=2, D=4, P=4, Dv=4, R=8, E=4, K=2, F=8, V=32)
     monkeypatch.setitem(kernels.SHAPES, "tiny", small)
     monkeypatch.setattr(kernels, "matmul_ceiling", lambda dtype: 1e11)
     for kind in ("fp32", "bf16"):
-        assert kernels.main(["tiny", kind]) == 0
+        assert exit_code(kernels.main, "tiny", kind) == 0
         lines = capsys.readouterr().out.splitlines()
         rows = [line.split()[0] for line in lines[4:] if "one token" not in line]
         assert rows == list(OPS) and len(lines) == 5 + len(OPS)
-    assert kernels.main(["tinny"]) == 2 and "wanted: python kernels.py" in capsys.readouterr().err
+    assert exit_code(kernels.main, "tinny") == 2 and "wanted: python kernels.py" in capsys.readouterr().err
 
 
 def test_kept_bytes_are_counted():

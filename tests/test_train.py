@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -365,15 +366,12 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workplace):
     (["--init_from", "nowhere"], "nowhere"),
     (["--device", "cuda"], "cuda"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(flags, told, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(flags, told, tmp_path, monkeypatch, capsys, exit_code):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has cuda")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
-    with pytest.raises(SystemExit) as stop:
-        train.run_main(train.main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and told in error and error.count("\n") == 1
+    code, error = exit_code(train.main, *flags), capsys.readouterr().err
+    assert code == 2 and error.startswith("error: ") and told in error and error.count("\n") == 1
 
 
 def test_help_lists_every_knob(capsys):
@@ -381,3 +379,16 @@ def test_help_lists_every_knob(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in TrainConfig.__dataclass_fields__)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps") or platform.libc_ver()[0] != "glibc", reason="not glibc")
+def test_programs_keep_the_memory_that_they_freed():
+    """A large block comes from the heap, and comes again: no page of it is asked for twice."""
+    code = ("import ctypes\nfrom data import keep_freed_memory\n{}\n"
+            "libc = ctypes.CDLL('libc.so.6')\nlibc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n"
+            "place = libc.malloc(1 << 26)\nlibc.free(place)\n"
+            "heap = next(line for line in open('/proc/self/maps') if '[heap]' in line).split()[0].split('-')\n"
+            "print(int(heap[0], 16) <= place and place + (1 << 26) <= int(heap[1], 16))")
+    told = {line: subprocess.run([sys.executable, "-c", code.format(line)], capture_output=True, text=True).stdout
+            for line in ("keep_freed_memory()", "")}
+    assert told == {"keep_freed_memory()": "True\n", "": "False\n"}
