@@ -1,35 +1,36 @@
-"""From a checkpoint to text: the sampler, batched generation on the latent cache, the command line.
+"""From a checkpoint to text: everything is one distribution and one draw.
 
-`generate` is also the rollout engine of rl.py. The small tools that every command line program shares
-(knobs, flags, errors, devices) live at the end, because train.py and rl.py may import from here.
+`sample_tokens` is the draw, `generate` the loop around it on the latent cache: read the prompts,
+draw, write down, step. It is also the rollout engine of rl.py.
 
     python sample.py "Once upon a time"     continue a text with the newest checkpoint below out/
     python sample.py --chat "4-6+3="        ask a question in the template that rl.py trains on
 """
 
-import argparse
 import codecs
 import math
 import os
 import sys
 import time
-import types
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, NoReturn, Sequence, get_args, get_origin, get_type_hints
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from data import UserError, nearest, run_main
-from data.tasks import prompt_text
-from data.tokenizer import load_tokenizer
-from model import Cache, Config, Transformer, load_pretrained
+from data.io.cli import Knobs, UserError, knob, parse_flags, pick_device, run_main
+from data.io.run import newest_run
+from data.tasks.task import prompt_text
+from data.text.tokenizer import load_tokenizer
+from kernels import at_least_float32
+from model import Cache, Routing, Transformer
 
 COMPACT_BELOW = 0.75  # rows leave the batch, which copies the cache, when this share is still alive
 
-# ---------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------- sampling
 
 
 class Draw(NamedTuple):
@@ -44,9 +45,10 @@ class Draw(NamedTuple):
 def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Logits (n, V) with -inf outside the top-k and then outside the nucleus (top-p, arXiv 1904.09751).
 
-    The nucleus is the smallest set of likeliest tokens that holds at least `top_p` of the probability
-    left by top-k. Both cut at a value: tokens that tie with the last one kept stay, so that the set does
-    not depend on the order of the vocabulary. `top_k` 0 and `top_p` 1 switch the cuts off.
+    The nucleus is the smallest set of likeliest tokens that holds at least `top_p` of the
+    probability left by top-k. Both cut at a value: tokens that tie with the last one kept stay, so
+    that the set does not depend on the order of the vocabulary. `top_k` 0 and `top_p` 1 switch the
+    cuts off.
 
     >>> truncate(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), top_k=2)
     tensor([[3., -inf, 2., 2.]])
@@ -68,10 +70,10 @@ def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, noise: Tensor) -> Draw:
     """Draw one token per row from `softmax(logits / temperature)`, truncated; the only place that draws.
 
-    logits (n, V); noise (n,), uniform in [0, 1), is all the chance there is: the token is the first whose
-    cumulative probability exceeds it. Log-prob and entropy are of the distribution drawn from.
-    Temperature 0 takes the likeliest token; log-prob and entropy are then those of the whole softmax.
-    Raises UserError when a logit is NaN or infinite.
+    logits (n, V); noise (n,), uniform in [0, 1), is all the chance there is: the token is the first
+    whose cumulative probability exceeds it. Log-prob and entropy are of the distribution drawn
+    from. Temperature 0 takes the likeliest token; log-prob and entropy are then those of the whole
+    softmax. Raises UserError when a logit is NaN or infinite.
 
     >>> draw = sample_tokens(torch.tensor([[0.25, 0.75]]).log(), 1.0, 0, 1.0, noise=torch.tensor([0.3]))
     >>> draw.token.item(), round(draw.logp.exp().item(), 4)
@@ -103,16 +105,16 @@ def invert_cdf(probs: Tensor, noise: Tensor) -> Tensor:
     return torch.minimum(token, last_possible).squeeze(1)
 
 
-# -------------------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------------------------- generation
 
 
 @dataclass
 class Generation:
     """What `generate` made: N = prompts x num_samples rows, the samples of the first prompt first.
 
-    A value that belongs to a token stands at that token's own position; where `mask` is False, `logps`
-    and `entropy` are 0 and `keep` is True. `routing` is what model(tokens, replay=routing) takes; where
-    the model saw no token (the last one of a row, padding) it names experts 0 to K-1.
+    A value that belongs to a token stands at that token's own position; where `mask` is False,
+    `logps` and `entropy` are 0 and `support` is True. Where the model saw no token (the last one of
+    a row) `routing` names experts 0 to K-1; model(tokens, replay=routing.unbind(2)) takes it.
     """
 
     tokens: Tensor  # (N, T) int64: prompt, completion, then padding with the first stop id
@@ -122,31 +124,54 @@ class Generation:
     logps: Tensor  # (N, T) nats, under the distribution sampled from
     entropy: Tensor  # (N, T) nats, of that distribution
     finished: Tensor  # (N,) bool: ended by a stop token, not by a limit
-    routing: list[Tensor] | None = None  # per MoE layer (N, T, K) int64
-    keep: Tensor | None = None  # (N, T, V) bool, the tokens that could have come
+    routing: Tensor | None = None  # (N, T, MoE layers, K) int64, the experts of each token
+    support: Tensor | None = None  # (N, T, V) bool, the tokens that could have come
 
     def completion(self, row: int) -> list[int]:
         """The sampled ids of one row, without the stop token."""
         end = self.lengths[row] - self.finished[row].long()
         return self.tokens[row, self.prompt_lengths[row] : end].tolist()
 
+    def rows(self, index: Tensor | slice, T: int | None = None) -> "Generation":
+        """The rows `index` in that order, cut to T columns."""
+        return self._each(lambda x: x[index] if x.ndim == 1 else x[index, :T])
+
+    def cat(self, other: "Generation") -> "Generation":
+        """The rows of both, the other's last; what is shorter is filled up with zeros behind its end."""
+        T = max(self.tokens.shape[1], other.tokens.shape[1])
+
+        def widened(x: Tensor) -> Tensor:
+            return x if x.ndim == 1 else F.pad(x, (0, 0) * (x.ndim - 2) + (0, T - x.shape[1]))
+
+        return self._each(lambda x, y: torch.cat((widened(x), widened(y))), other)
+
+    def _each(self, change: Callable, *others: "Generation") -> "Generation":
+        """A Generation whose fields are `change` of the fields of this one and others."""
+        made = {}
+        for field in fields(self):
+            values = [getattr(each, field.name) for each in (self, *others)]
+            made[field.name] = None if values[0] is None else change(*values)
+        return Generation(**made)
+
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_samples: int = 1,
              max_new_tokens: int = 256, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-             stop_ids: Sequence[int] = (), seed: int | Sequence[int] | None = None, keep_routing: bool = False,
-             keep_sampling_mask: bool = False, on_token: Callable[[int, int], None] | None = None) -> Generation:
+             stop_ids: Sequence[int] = (), seed: int | Sequence[int] | None = None,
+             keep_routing: bool = False, keep_sampling_mask: bool = False,
+             on_token: Callable[[int, int], None] | None = None) -> Generation:
     """Sample `num_samples` completions of each prompt, all in one batch.
 
-    Every prompt is read once; its latents are then repeated for its samples. A row ends at a stop id,
-    after `max_new_tokens`, or at max_position_embeddings, and soon leaves the batch. `on_token(row, id)`
-    is called as tokens are made. The chance of a row depends on its prompt's seed alone, never on its
-    neighbours: one int gives each prompt its own seed, a sequence has one per prompt (so that ranks that
-    share the prompts draw what one process would), None is different each time.
-    Raises UserError for requests that cannot be met, and when the model's logits are not finite.
+    Every prompt is read once; its latents are then repeated for its samples. A row ends at a stop
+    id, after `max_new_tokens`, or at max_position_embeddings, and soon leaves the batch.
+    `on_token(row, id)` is called as tokens are made. The chance of a row depends on its prompt's
+    seed alone, never on its neighbours: one int gives each prompt its own seed, a sequence has one
+    per prompt (so that ranks that share the prompts draw what one process would), None is different
+    each time. Raises UserError for requests that cannot be met, and when the model's logits are not
+    finite.
     """
-    _check_prompts(model.config, prompts, stop_ids)
-    _check_knobs(num_samples, max_new_tokens, temperature, top_k, top_p)
+    SamplingKnobs(num_samples, max_new_tokens, temperature, top_k, top_p)
+    check_prompts(model.config, prompts, stop_ids)
     max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings)
     device = model.lm_head.weight.device
     noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens).to(device)  # (N, max_new_tokens)
@@ -154,12 +179,13 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
     with evaluating(model):
         out = _blank(model, prompts, num_samples, max_new_tokens, stop_ids)
         if keep_sampling_mask:
-            out.keep = torch.ones(*out.mask.shape, model.config.vocab_size, dtype=torch.bool, device=device)
-        logits, cache = _prefill(model, out, num_samples, keep_routing)
+            out.support = torch.ones(*out.mask.shape, model.config.vocab_size, dtype=torch.bool, device=device)
+        h, cache = _prefill(model, out, num_samples, keep_routing)  # h (N, C), behind the last token
         limits = (out.prompt_lengths + max_new_tokens).clamp(max=out.tokens.shape[1])  # (N,)
         rows = torch.arange(len(limits), device=device)  # (n,) row of `out` behind each row of the batch
         is_alive = torch.ones_like(rows, dtype=torch.bool)  # (n,)
         while True:
+            logits = model.lm_head(h).to(at_least_float32(h.dtype))  # (n, V)
             at = cache.length  # (n,) position of the token that each row gets now
             chance = noise[rows, at - out.prompt_lengths[rows]]
             draw = sample_tokens(logits, temperature, top_k, top_p, chance)
@@ -171,13 +197,16 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
             is_alive = is_alive & ~is_stop & (at + 1 < limits[rows])
             left, tokens = is_alive.nonzero().squeeze(1), draw.token
             if len(left) == 0:
-                return _trim(out)
+                break
             if len(left) <= COMPACT_BELOW * len(rows):
                 cache, rows, tokens, is_alive = cache.select(left), rows[left], tokens[left], is_alive[left]
-            logits = model(tokens.unsqueeze(1), cache=cache).squeeze(1)  # (n, V)
-            for kept, chosen in zip(out.routing or [], model.routing):
-                kept[rows[is_alive], cache.length[is_alive]] = chosen[is_alive, 0]
+            h, routings = model.trunk(tokens.unsqueeze(1), cache)  # (n, 1, C)
+            h = h[:, 0]
+            if keep_routing:
+                chosen = chosen_experts(routings, tokens.unsqueeze(1))[:, 0]  # (n, MoE layers, K)
+                out.routing[rows[is_alive], cache.length[is_alive]] = chosen[is_alive]
             cache.advance(is_alive.long())  # rows that ended stand still until they leave
+    return out.rows(slice(None), int(out.lengths.max()))
 
 
 def draw_noise(seed: int | Sequence[int] | None, prompts: int, num_samples: int, steps: int) -> Tensor:
@@ -220,56 +249,57 @@ def _blank(model: Transformer, prompts, num_samples: int, max_new_tokens: int, s
                       finished=torch.zeros_like(lengths, dtype=torch.bool))
 
 
-def _prefill(model, out: Generation, num_samples: int, keep_routing: bool) -> tuple[Tensor, Cache]:
-    """Read each prompt once: the logits behind its last token, and the cache, for all N rows."""
-    lengths = out.prompt_lengths[::num_samples]  # (prompts,)
-    longest, T = int(lengths.max()), out.tokens.shape[1]
-    cache = model.new_cache(len(lengths), T)
-    # padding stands right of the prompt, so no prompt token sees it, and decoding overwrites its latents
-    logits = model(out.tokens[::num_samples, :longest], cache=cache, last_only=lengths - 1)
+def _prefill(model: Transformer, out: Generation, num_samples: int,
+             keep_routing: bool) -> tuple[Tensor, Cache]:
+    """Read each prompt once: the state behind its last token, (N, C), and the cache, for all N rows."""
+    tokens, lengths = out.tokens[::num_samples], out.prompt_lengths[::num_samples]  # (prompts, T)
+    longest = int(lengths.max())
+    cache = model.new_cache(len(lengths), tokens.shape[1])
+    # padding stands right of the prompt, so no prompt token sees it, and decoding overwrites it
+    h, routings = model.trunk(tokens[:, :longest], cache)  # (prompts, longest, C)
     cache.advance(lengths)
-    rows = torch.arange(len(lengths), device=lengths.device).repeat_interleave(num_samples)  # (N,)
+    each = torch.arange(len(lengths), device=lengths.device)
+    rows = each.repeat_interleave(num_samples)  # (N,)
     if keep_routing:
-        out.routing = []
-        is_prompt = torch.arange(longest, device=lengths.device) < lengths.unsqueeze(1)  # (prompts, longest)
-        for chosen in model.routing:  # (prompts, longest, K)
-            nobody = torch.arange(chosen.shape[-1], device=chosen.device)  # (K,)
-            kept = nobody.repeat(len(lengths), T, 1)  # (prompts, T, K)
-            kept[:, :longest] = torch.where(is_prompt.unsqueeze(-1), chosen, nobody)
-            out.routing.append(kept[rows])
-    return logits[rows], cache if num_samples == 1 else cache.select(rows)
+        seen = chosen_experts(routings, tokens[:, :longest])  # (prompts, longest, MoE layers, K)
+        nobody = torch.arange(seen.shape[3], device=seen.device)  # (K,)
+        out.routing = nobody.repeat(*out.tokens.shape, seen.shape[2], 1)  # (N, T, MoE layers, K)
+        out.routing[:, :longest] = seen[rows]
+    return h[each, lengths - 1][rows], cache if num_samples == 1 else cache.select(rows)
+
+
+def chosen_experts(routings: list[Routing], tokens: Tensor) -> Tensor:
+    """The experts of tokens (n, T) in every MoE layer, (n, T, MoE layers, K)."""
+    if not routings:  # all layers are dense
+        return tokens.new_zeros(*tokens.shape, 0, 1)
+    return torch.stack([routing.topk_idx for routing in routings], 2)
 
 
 def _record(out: Generation, rows, at, is_stop, token, logp, entropy, support) -> None:
     """Write what the given rows drew at their positions `at`."""
-    out.tokens[rows, at], out.mask[rows, at] = token, True
-    out.logps[rows, at], out.entropy[rows, at] = logp, entropy
-    out.lengths[rows], out.finished[rows] = at + 1, is_stop
-    if out.keep is not None:
-        out.keep[rows, at] = support
+    out.tokens[rows, at] = token
+    out.mask[rows, at] = True
+    out.logps[rows, at] = logp
+    out.entropy[rows, at] = entropy
+    out.lengths[rows] = at + 1
+    out.finished[rows] = is_stop
+    if out.support is not None:
+        out.support[rows, at] = support
 
 
-def _trim(out: Generation) -> Generation:
-    """Cut every (N, T, ...) field to the longest row."""
-    T = int(out.lengths.max())
-    names = ("tokens", "mask", "logps", "entropy") + ("keep",) * (out.keep is not None)
-    routing = out.routing and [kept[:, :T] for kept in out.routing]
-    return replace(out, routing=routing, **{name: getattr(out, name)[:, :T] for name in names})
+@dataclass
+class SamplingKnobs(Knobs):
+    """What can be asked of `generate`."""
+
+    num_samples: int = knob(1, "number of continuations", least=1)
+    max_new_tokens: int = knob(200, "most tokens to make", least=1)
+    temperature: float = knob(0.8, "flattens (above 1) or sharpens the distribution; 0 is greedy", least=0)
+    top_k: int = knob(0, "only the k likeliest tokens; 0 is all", least=0)
+    top_p: float = knob(0.95, "only the likeliest tokens that hold this share of the probability; 1 is all",
+                        above=0, most=1)
 
 
-def _check_knobs(num_samples: int, max_new_tokens: int, temperature: float, top_k: int, top_p: float) -> None:
-    for name, value, wanted, is_met in (
-        ("num_samples", num_samples, "at least 1", num_samples >= 1),
-        ("max_new_tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),
-        ("temperature", temperature, "0 (greedy) or a positive number", 0 <= temperature < math.inf),
-        ("top_k", top_k, "0 (off) or more", top_k >= 0),
-        ("top_p", top_p, "above 0 and at most 1 (off)", 0 < top_p <= 1),
-    ):
-        if not is_met:
-            raise UserError(f"{name}: got {value}, wanted {wanted}")
-
-
-def _check_prompts(config: Config, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> None:
+def check_prompts(config, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> None:
     if len(prompts) == 0:
         raise UserError("prompts: got none, wanted at least one")
     context, vocab = config.max_position_embeddings, config.vocab_size
@@ -283,121 +313,16 @@ def _check_prompts(config: Config, prompts: Sequence[Sequence[int]], stop_ids: S
                             "this the tokenizer that the model was trained with?")
 
 
-# ------------------------------------------------------------------------- tools of the command line programs
-
-
-def knob(default, help: str, **extra):
-    """A dataclass field that `parse_flags` shows with `help`; extra: `choices=(...)`, `positional=True`."""
-    metadata = {"help": help} | extra
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
-def parse_flags(cls, argv: Sequence[str], description: str):
-    """An instance of the dataclass `cls` from command line flags, one per field.
-
-    Types: int, float, str, bool (`--flag`, `--no-flag`), any of them or None (`--flag none`), and
-    list[str] (`--flag a b`, repeatable). `--micro-batch` and `--micro_batch` are the same.
-    Raises UserError for an unknown flag, naming the nearest, and for values of the wrong type.
-
-    >>> @dataclass
-    ... class Knobs:
-    ...     micro_batch: int = knob(8, "sequences per forward pass")
-    >>> parse_flags(Knobs, ["--micro-batch", "4"], "example")
-    Knobs(micro_batch=4)
-    """
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    hints = get_type_hints(cls)
-    for each in fields(cls):
-        _add_flag(parser, each, hints[each.name])
-    values, rest = parser.parse_known_args(list(argv))
-    for word in rest:
-        if word.startswith("-"):
-            name = word.partition("=")[0]
-            close = nearest(name.replace("-", "_"), ["__" + each.name for each in fields(cls)])
-            raise UserError(f"unknown flag {name}{close.replace('__', '--', 1)}; --help lists all")
-        raise UserError(f"unexpected argument {word!r}: a text with spaces goes in quotes")
-    return cls(**vars(values))
-
-
-def _add_flag(parser: argparse.ArgumentParser, each, kind) -> None:
-    meta, is_list, allows_none = each.metadata, get_origin(kind) is list, types.NoneType in get_args(kind)
-    kind = get_args(kind)[0] if is_list or allows_none else kind
-    default = each.default_factory() if is_list else each.default
-    shown = "" if default in (None, [], "") else f" [{default}]"
-    help = (meta["help"] + shown).replace("%", "%%")
-    options = {"default": default}
-    if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        options["type"] = _converter(kind, allows_none)
-        options |= {"choices": meta["choices"]} if "choices" in meta else {"metavar": kind.__name__}
-    if is_list:
-        options |= {"nargs": "+", "action": "extend"}
-    if meta.get("positional"):
-        parser.add_argument(each.name, nargs="?", help=help, **options | {"metavar": each.name})
-        return
-    spellings = {each.name.replace("_", "-"): argparse.SUPPRESS, each.name: help}  # --help shows one
-    for name, text in spellings.items():
-        parser.add_argument("--" + name, dest=each.name, help=text, **options)
-
-
-def _converter(kind, allows_none: bool) -> Callable[[str], object]:
-    def convert(text: str):
-        if allows_none and text.lower() == "none":
-            return None
-        try:
-            return kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"got {text!r}, wanted {kind.__name__}") from None
-
-    return convert
-
-
-def pick_device(name: str) -> torch.device:
-    """The device called "cpu", "cuda" or "mps"; "auto" is cuda where there is one, else cpu.
-
-    Raises UserError for a name that is not known or a device that this machine does not have.
-    """
-    has = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = "cuda" if has["cuda"] else "cpu"
-    if name not in has:
-        raise UserError(f"device: got {name!r}, wanted auto, cpu, cuda or mps{nearest(name, has)}")
-    if not has[name]:
-        raise UserError(f"device: got {name}, this machine has {', '.join(k for k in has if has[k])} only")
-    return torch.device(name)
-
-
-def newest_run(root: str | Path = "out") -> Path:
-    """The checkpoint directory below `root` that was written last. Raises UserError when there is none."""
-    weights = [path for path in Path(root).rglob("model*.safetensors") if (path.parent / "config.json").exists()]
-    if not weights:
-        raise UserError(f"no checkpoint below {root}/: python train.py makes one, --checkpoint names another")
-    return max(weights, key=lambda path: path.stat().st_mtime_ns).parent
-
-
-# -------------------------------------------------------------------------------------------------- program
+# ------------------------------------------------------------------------------------ the program
 
 
 @dataclass
-class SampleConfig:
+class SampleConfig(SamplingKnobs):
     """The knobs of `python sample.py`."""
 
     prompt: str = knob("", "the text to continue", positional=True)
     checkpoint: str | None = knob(None, "directory with config.json and weights [the newest below out/]")
     chat: bool = knob(False, "put the prompt as a question into the chat template")
-    max_new_tokens: int = knob(200, "most tokens to make")
-    num_samples: int = knob(1, "number of continuations")
-    temperature: float = knob(0.8, "flattens (above 1) or sharpens the distribution; 0 is greedy")
-    top_k: int = knob(0, "only the k likeliest tokens; 0 is all")
-    top_p: float = knob(0.95, "only the likeliest tokens that hold this share of the probability; 1 is all")
     seed: int = knob(0, "the same seed gives the same text")
     device: str = knob("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
 
@@ -431,7 +356,7 @@ def main(argv: list[str]) -> None:
         raise UserError('the prompt is empty: python sample.py "Once upon a time"')
     device = pick_device(knobs.device)
     directory = Path(knobs.checkpoint) if knobs.checkpoint else newest_run()
-    model, tokenizer = load_pretrained(directory, device=device), load_tokenizer(directory)
+    model, tokenizer = Transformer.from_pretrained(directory, device=device), load_tokenizer(directory)
     prompt = os.fsencode(knobs.prompt).decode(errors="replace")  # bytes that are no UTF-8
     ids = encode_prompt(tokenizer, prompt, knobs.chat)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character

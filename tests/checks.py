@@ -1,29 +1,33 @@
 """What must hold of model.py, as functions that raise AssertionError when it does not.
 
-test_model.py and test_checkpoint.py run them on the model as it is; test_pitfalls.py breaks the model on
-purpose, one known mistake at a time, and asks the same functions to notice. Oracles are independent of
-model.py: transformers' DeepSeek classes, plain loops in float64, closed formulas.
+test_model.py and test_checkpoint.py run them on the model as it is; test_pitfalls.py breaks the model
+on purpose, one known mistake at a time, and asks the same functions to notice. Oracles are
+independent of model.py: transformers' DeepSeek classes, plain loops in float64, closed formulas.
 """
 
+import copy
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from transformers import AutoModelForCausalLM
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 import model as ours
-from model import Attention, Config, Router, Transformer, balance_loss, load_pretrained, save_pretrained
+import train
+from data.io import checkpoint
+from model import Config, Router, Transformer
 
-ROOT = Path(__file__).parent.parent
 TOLERANCE = 5e-5  # of logits in float32, whose standard deviation is about 1.5
 
 # Changes of the preset "tiny" under which we must equal transformers.
 YARN = dict(rope_factor=40.0, rope_original_max_position_embeddings=1024)
-V2_GATE = dict(scoring_func="softmax", norm_topk_prob=False, num_nextn_predict_layers=0, n_shared_experts=2)
+V2_GATE = dict(scoring_func="softmax", norm_topk_prob=False, num_nextn_predict_layers=0,
+               n_shared_experts=2)
+GROUPS_BY_BEST = V2_GATE | dict(topk_method="group_limited_greedy")
 ARCHITECTURES = {
     "v3": {},
     "v3 yarn": YARN | dict(q_lora_rank=None),
@@ -31,22 +35,23 @@ ARCHITECTURES = {
     "v3 without q low rank": dict(q_lora_rank=None, n_shared_experts=2, routed_scaling_factor=1.3),
     "v3 attention bias": dict(attention_bias=True, v_head_dim=24, first_k_dense_replace=0),
     "v3 gates not normalised": dict(norm_topk_prob=False),
-    "moonlight": dict(q_lora_rank=None, n_group=1, topk_group=1, rms_norm_eps=1e-2, rope_theta=50000.0),
-    "v2": YARN | V2_GATE | dict(topk_method="group_limited_greedy", routed_scaling_factor=1.6),
-    "v2 attention bias": V2_GATE | dict(topk_method="group_limited_greedy", attention_bias=True),
+    "moonlight": dict(q_lora_rank=None, n_group=1, topk_group=1, rms_norm_eps=1e-2, rope_theta=5e4),
+    "v2": YARN | GROUPS_BY_BEST | dict(routed_scaling_factor=1.6),
+    "v2 attention bias": GROUPS_BY_BEST | dict(attention_bias=True),
     "v2-lite": YARN | V2_GATE | dict(topk_method="greedy", q_lora_rank=None, routed_scaling_factor=1.0,
                                      rope_mscale=0.707, rope_mscale_all_dim=0.707),
 }
 
 
-# ------------------------------------------------------------------------------------------------ makers
+# ------------------------------------------------------------------------------------------- makers
 
 
 @torch.no_grad()
 def build(impl: str = "reference", dtype=torch.float32, seed: int = 0, **changes) -> Transformer:
     """A small model in eval mode with weights far from their initial values: norms and biases too."""
     torch.manual_seed(seed)
-    model = Transformer(Config.preset("tiny", **(dict(num_hidden_layers=3, vocab_size=256) | changes)), impl)
+    sizes = dict(num_hidden_layers=3, vocab_size=256) | changes
+    model = Transformer(Config.preset("tiny", **sizes), impl)
     for name, p in model.named_parameters():
         p.normal_(0.0, 0.15 if p.ndim > 1 else 0.3).add_(1.0 if "norm" in name else 0.0)
     for name, buffer in model.named_buffers():
@@ -62,30 +67,25 @@ def random_text(config: Config, B: int = 2, T: int = 40, seed: int = 1) -> tuple
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
-SAME_NAMES = """vocab_size hidden_size intermediate_size moe_intermediate_size num_hidden_layers num_attention_heads
-    n_shared_experts n_routed_experts num_experts_per_tok n_group topk_group first_k_dense_replace norm_topk_prob
-    routed_scaling_factor q_lora_rank kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim attention_bias
-    max_position_embeddings rms_norm_eps""".split()
-
-
 def transformers_twin(model: Transformer):
     """The model of transformers with our weights, put there by name, without going through our files."""
-    c, is_v3 = model.config, model.config.topk_method == "noaux_tc"
+    c = model.config
     rope = {"rope_type": "default", "rope_theta": c.rope_theta}
     if c.rope_factor > 1:
-        rope = {"rope_type": "yarn", "rope_theta": c.rope_theta, "factor": c.rope_factor,
-                "original_max_position_embeddings": c.rope_original_max_position_embeddings,
-                "beta_fast": c.rope_beta_fast, "beta_slow": c.rope_beta_slow, "mscale": c.rope_mscale,
-                "mscale_all_dim": c.rope_mscale_all_dim}
-    values = {name: getattr(c, name) for name in SAME_NAMES} | dict(
-        num_key_value_heads=c.num_attention_heads, rope_parameters=rope, dtype=model.lm_head.weight.dtype)
-    if is_v3:
-        twin = DeepseekV3ForCausalLM(DeepseekV3Config(**values, num_nextn_predict_layers=c.num_nextn_predict_layers))
+        names = ("theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+                 "mscale", "mscale_all_dim")
+        rope = {name: getattr(c, f"rope_{name}") for name in names}
+        rope |= {"rope_type": "yarn", "rope_theta": rope.pop("theta")}
+    values = {name: getattr(c, name) for name in checkpoint.FIELDS}
+    values |= dict(num_key_value_heads=c.num_attention_heads, rope_parameters=rope)
+    if c.topk_method == "noaux_tc":
+        twin = DeepseekV3ForCausalLM(DeepseekV3Config(**values))
     else:
-        twin = DeepseekV2ForCausalLM(DeepseekV2Config(**values, topk_method=c.topk_method))
+        twin = DeepseekV2ForCausalLM(DeepseekV2Config(**values))
     twin = twin.to(model.lm_head.weight.dtype).eval()
     twin.set_experts_implementation("eager")  # its grouped kernel knows no float64
-    main = {name: t for name, t in model.state_dict().items() if not name.startswith(mtp_prefixes(c))}
+    extra = mtp_prefixes(c)
+    main = {name: t for name, t in model.state_dict().items() if not name.startswith(extra)}
     shapes = {name: t.shape for name, t in twin.state_dict().items()}
     assert shapes == {name: t.shape for name, t in main.items()}, "names and shapes of transformers' model"
     twin.load_state_dict(main)
@@ -93,15 +93,14 @@ def transformers_twin(model: Transformer):
 
 
 def mtp_prefixes(config: Config) -> tuple[str, ...]:
-    return tuple(f"model.layers.{config.num_hidden_layers + i}." for i in range(config.num_nextn_predict_layers))
+    return checkpoint.mtp_prefixes(config.num_hidden_layers, config.num_nextn_predict_layers)
 
 
-def close(a, b, tolerance: float, what: str) -> float:
-    """The largest difference, asserted to be within `tolerance`; NaN fails."""
+def close(a, b, tolerance: float, what: str) -> None:
+    """The largest difference must be within `tolerance`; NaN fails."""
     assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
     worst = (a - b).abs().max().item()
     assert worst <= tolerance, f"{what}: off by {worst:.2g}, allowed {tolerance:.2g}"
-    return worst
 
 
 def relative(a, b) -> float:
@@ -110,7 +109,7 @@ def relative(a, b) -> float:
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
-# --------------------------------------------------------------------------------- against transformers
+# ----------------------------------------------------------------------------- against transformers
 
 
 @torch.no_grad()
@@ -119,7 +118,7 @@ def logits_equal_transformers(impl="reference", T=200, **changes):
     tokens, _ = random_text(model.config, T=T)
     logits = model(tokens)
     assert logits.std() > 0.5, "logits so small that any two models agree"
-    return close(logits, transformers_twin(model)(tokens).logits, TOLERANCE, "logits")
+    close(logits, transformers_twin(model)(tokens).logits, TOLERANCE, "logits")
 
 
 def gradients_equal_transformers(impl="reference", T=60, **changes):
@@ -129,15 +128,14 @@ def gradients_equal_transformers(impl="reference", T=60, **changes):
     tokens, targets = random_text(model.config, T=T)
     model(tokens, targets, mtp=False)["ce"].backward()
     F.cross_entropy(twin(tokens).logits.flatten(0, 1), targets.flatten()).backward()
-    wanted, worst = dict(twin.named_parameters()), 0.0
+    wanted = dict(twin.named_parameters())
     for name, p in model.named_parameters():
         if name.startswith(mtp_prefixes(model.config)):
             assert p.grad is None, f"{name} has a gradient of the main loss"
             continue
         assert p.grad is not None, f"{name} has no gradient"
-        worst = max(worst, relative(p.grad, wanted[name].grad))
-        assert worst <= 1e-5, f"gradient of {name}: relative difference {worst:.2g}"
-    return worst
+        off = relative(p.grad, wanted[name].grad)
+        assert off <= 1e-5, f"gradient of {name}: relative difference {off:.2g}"
 
 
 def transformers_mtp(model: Transformer, twin) -> MtpModel:
@@ -162,7 +160,8 @@ def mtp_nll_of_transformers(mtp: MtpModel, h, tokens, targets) -> list[torch.Ten
     for k in range(1, mtp.num_mtp_layers + 1):
         ids = tokens[:, k:]
         positions = torch.arange(k, k + ids.shape[1]).unsqueeze(0)
-        h = mtp.forward_layer(k - 1, h[:, : ids.shape[1]], positions, MtpCache(config=mtp.config), input_ids=ids)
+        h = mtp.forward_layer(k - 1, h[:, : ids.shape[1]], positions, MtpCache(config=mtp.config),
+                              input_ids=ids)
         nlls.append(F.cross_entropy(mtp._project_to_logits(h).mT, targets[:, k:], reduction="none"))
     return nlls
 
@@ -175,11 +174,12 @@ def mtp_equals_transformers(impl="reference", modules=1, T=40, **changes):
     targets[0, :9] = -100
     targets[1, 30:] = -100
     with torch.no_grad():
-        nlls = mtp_nll_of_transformers(transformers_mtp(model, twin), twin.model(tokens).last_hidden_state,
-                                       tokens, targets)
-        wanted = torch.stack([nll.sum() / (targets[:, k:] != -100).sum() for k, nll in enumerate(nlls, 1)]).mean()
+        h = twin.model(tokens).last_hidden_state
+        nlls = mtp_nll_of_transformers(transformers_mtp(model, twin), h, tokens, targets)
+        means = [nll.sum() / (targets[:, k:] != -100).sum() for k, nll in enumerate(nlls, 1)]
+        wanted = torch.stack(means).mean()
         got = model(tokens, targets)["mtp"]
-    return close(got, wanted, 1e-6, "MTP loss")
+    close(got, wanted, 1e-6, "MTP loss")
 
 
 def mtp_gradients_equal_transformers(impl="reference", modules=2, T=24):
@@ -194,33 +194,32 @@ def mtp_gradients_equal_transformers(impl="reference", modules=2, T=24):
     pairs = [(p, twin.get_parameter(name)) for name, p in model.named_parameters()
              if not name.startswith(mtp_prefixes(model.config))]
     for k in range(modules):
-        mine = model.model.layers[model.config.num_hidden_layers + k]
-        pairs += [(mine.eh_proj.weight, mtp.layers[k].eh_proj.weight), (mine.enorm.weight, mtp.layers[k].enorm.weight),
-                  (mine.hnorm.weight, mtp.layers[k].hnorm.weight),
-                  (mine.mlp.experts.down_proj, mtp.layers[k].mtp_block.mlp.experts.down_proj)]
+        mine, theirs = model.model.layers[model.config.num_hidden_layers + k], mtp.layers[k]
+        pairs += [(mine.get_parameter(name), theirs.get_parameter(name))
+                  for name in ("eh_proj.weight", "enorm.weight", "hnorm.weight")]
+        pairs += [(mine.mlp.experts.down_proj, theirs.mtp_block.mlp.experts.down_proj)]
     worst = max(relative(a.grad, b.grad) for a, b in pairs)
     assert worst <= 1e-5, f"gradients of the MTP loss: relative difference {worst:.2g}"
-    return worst
 
 
-# -------------------------------------------------------------------------------------- attention, cache
+# --------------------------------------------------------------------------------- attention, cache
 
 
 @torch.no_grad()
 def absorbed_equals_expanded(impl="reference", dtype=torch.float32, **changes):
     """The two ways through attention, on the same queries and latents."""
     model = build(impl, dtype, **changes)
-    attention: Attention = model.model.layers[0].self_attn
+    attention = model.model.layers[0].self_attn
     tokens, _ = random_text(model.config, T=50)
-    step = model._new_pass(tokens, None)
-    step.hidden = torch.ones(2, 50, 50, dtype=torch.bool).triu(1)
+    freqs_cis, _ = model.freqs_and_mask(tokens)
+    mask = torch.ones(2, 50, 50, dtype=torch.bool).tril()
     h = torch.randn(2, 50, model.config.hidden_size, dtype=dtype)
-    q_nope, q_pe = attention.queries(h, step)
-    latent = attention.latents(h, step)
-    absorbed = attention.absorbed(q_nope, q_pe, latent, step)
+    inputs = (*attention.queries(h, freqs_cis), attention.latents(h, freqs_cis))
+    absorbed = attention.absorbed(*inputs, mask)
     assert absorbed.std() > 0.1
-    return close(absorbed, attention.expanded(q_nope, q_pe, latent, step),
-                 TOLERANCE if dtype == torch.float32 else 1e-12, "absorbed against expanded")
+    tolerance = TOLERANCE if dtype == torch.float32 else 1e-12
+    close(attention.expanded(*inputs, mask), attention.expanded(*inputs, None), tolerance, "mask")
+    close(absorbed, attention.expanded(*inputs, None), tolerance, "absorbed against expanded")
 
 
 @torch.no_grad()
@@ -231,34 +230,34 @@ def decoding_equals_one_pass(impl="reference", chunks=(1,) * 12, **changes):
     lengths = torch.tensor([20, 7, 13])
     whole = [model(row.unsqueeze(0))[0] for row in tokens]
     cache = model.new_cache(3, 20 + sum(chunks))
-    prompt = tokens[:, :20].masked_fill(torch.arange(20) >= lengths[:, None], 5)  # padding like any token
-    last = model(prompt, cache=cache, last_only=lengths - 1)
-    worst = close(last, torch.stack([whole[b][n - 1] for b, n in enumerate(lengths)]), TOLERANCE, "prompt")
+    prompt = tokens[:, :20].masked_fill(torch.arange(20) >= lengths[:, None], 5)  # like any token
+    last = model(prompt, cache=cache)[torch.arange(3), lengths - 1]
+    wanted = torch.stack([whole[b][n - 1] for b, n in enumerate(lengths)])
+    close(last, wanted, TOLERANCE, "prompt")
     cache.advance(lengths)
     for size in chunks:
         here = torch.stack([tokens[b, n : n + size] for b, n in enumerate(cache.length)])
         wanted = torch.stack([whole[b][n : n + size] for b, n in enumerate(cache.length)])
-        worst = max(worst, close(model(here, cache=cache), wanted, TOLERANCE, f"after {cache.length.tolist()}"))
+        close(model(here, cache=cache), wanted, TOLERANCE, f"after {cache.length.tolist()}")
         cache.advance(size)
-    return worst
 
 
 @torch.no_grad()
 def cache_holds_latents_only(**changes):
-    """(kv_lora_rank + qk_rope_head_dim) x layers x tokens numbers, and they are all that decoding needs."""
+    """(kv_lora_rank + qk_rope_head_dim) x layers x tokens numbers: all that decoding needs."""
     model = build(**changes)
     c = model.config
     cache = model.new_cache(2, 30)
     model(random_text(c, T=30)[0], cache=cache)
-    tensors = [value for value in vars(cache).values() if torch.is_tensor(value) and value.is_floating_point()]
-    numbers = sum(t.numel() for t in tensors)
+    tensors = [value for value in vars(cache).values() if torch.is_tensor(value)]
+    numbers = sum(t.numel() for t in tensors if t.is_floating_point())
     assert numbers == (c.kv_lora_rank + c.qk_rope_head_dim) * c.num_hidden_layers * 2 * 30
     assert cache.buffer.shape[:3] == (c.num_hidden_layers, 2, 30)
     c_kv, k_pe = cache.buffer.split((c.kv_lora_rank, c.qk_rope_head_dim), dim=-1)
     assert c_kv.abs().amin(dim=(1, 2, 3)).min() > 0 and k_pe.abs().sum() > 0
 
 
-# ------------------------------------------------------------------------------------------------ router
+# ------------------------------------------------------------------------------------------- router
 
 
 def official_choice(config: Config, affinity: list[float], bias: list[float]) -> set[int]:
@@ -298,7 +297,14 @@ def router_follows_the_official_rule(bias_mean=0.0, training=False, **changes):
         for expert, gate in zip(got, routing.gates[0, token].tolist()):
             assert abs(gate - s[expert] / total * c.routed_scaling_factor) < 1e-12, "gates"
     if c.norm_topk_prob:
-        close(routing.gates.sum(-1), torch.full((1, 60), c.routed_scaling_factor).double(), 1e-12, "sum of gates")
+        wanted = torch.full((1, 60), c.routed_scaling_factor).double()
+        close(routing.gates.sum(-1), wanted, 1e-12, "sum of gates")
+
+
+@torch.no_grad()
+def choices(model: Transformer, tokens) -> list[torch.Tensor]:
+    """The experts (B, T, K) in each MoE layer of the main model."""
+    return [routing.topk_idx for routing in model.trunk(tokens)[1]]
 
 
 @torch.no_grad()
@@ -308,7 +314,7 @@ def training_and_evaluation_route_alike():
     seen = []
     for mode in (True, False):
         model.train(mode)
-        seen.append((model(tokens), [idx.sort(-1).values for idx in model.routing]))
+        seen.append((model(tokens), [idx.sort(-1).values for idx in choices(model, tokens)]))
     assert len(seen[0][1]) == 2
     for a, b in zip(seen[0][1], seen[1][1]):
         assert torch.equal(a, b), "train() and eval() choose different experts"
@@ -328,85 +334,98 @@ def router_stays_in_float32():
     close(routing.affinity, wanted, 1e-6, "affinities of bf16 activations")
 
 
-# --------------------------------------------------------------------------------------- counts and bias
+# ------------------------------------------------------------------------------------ load and bias
 
 
-def step_counts(model: Transformer) -> list[torch.Tensor]:
-    return [moe.gate.counts.clone() for _, moe in model.moe_layers()]
-
-
-def training_pass(model: Transformer, tokens, targets):
+def training_pass(model: Transformer, tokens, targets) -> dict[str, torch.Tensor]:
     losses = model(tokens, targets)
     (losses["ce"] + 0.3 * losses["mtp"] + losses["balance"]).backward()
+    return losses
 
 
-def counts_are_of_trained_tokens():
+def a_step(model: Transformer, tokens, targets, micro_batch: int, speed=0.01) -> torch.Tensor:
+    """The load (MoE layers, E) of one step of train.py that leaves all weights but moves the biases."""
+    optimizer = train.make_optimizer(model, lr=0.0)
+    knobs = dict(lr=0.0, mtp_loss_weight=0.3, aux_loss_alpha=0.1, bias_update_speed=speed)
+    return train.train_step(model, optimizer, tokens, targets, train.Dist(),
+                            micro_batch=micro_batch, **knobs)["load"]
+
+
+def biases(model: Transformer) -> torch.Tensor:
+    """(MoE layers, E), a copy."""
+    return torch.stack([moe.gate.e_score_correction_bias.detach() for _, moe in model.moe_layers()])
+
+
+@torch.no_grad()
+def load_by_hand(model: Transformer, tokens, targets) -> torch.Tensor:
+    """(MoE layers, E) from what the routers choose in one plain pass of a copy of the model."""
+    model, chosen = copy.deepcopy(model).eval(), []
+    for _, moe in model.moe_layers():
+        moe.gate.register_forward_hook(lambda _m, _i, routing: chosen.append(routing.topk_idx))
+    model(tokens, targets)
+    E, T = model.config.n_routed_experts, tokens.shape[1]
+    counted = [idx[targets[:, T - idx.shape[1] :] != -100].flatten() for idx in chosen]
+    return torch.stack([torch.bincount(idx, minlength=E) for idx in counted]).float()
+
+
+def load_is_of_tokens_with_a_target():
     """Every token with a target counts once in each of K experts; positions without one do not."""
     model = build(num_nextn_predict_layers=2).train()
     tokens, targets = random_text(model.config, B=3)
     targets[0, :11] = -100
     targets[2] = -100
-    training_pass(model, tokens, targets)
+    load = model(tokens, targets)["load"]
+    assert load.shape == (4, 16) and load.dtype == torch.float32 and not load.requires_grad
     K, L = model.config.num_experts_per_tok, model.config.num_hidden_layers
     layers = [int(name.split(".")[2]) for name, _ in model.moe_layers()]
     wanted = [K * (targets[:, max(0, layer - L + 1) :] != -100).sum() for layer in layers]
-    assert [c.sum() for c in step_counts(model)] == wanted
-    real = targets[..., None] != -100
-    by_hand = [torch.bincount(idx[real.expand_as(idx)], minlength=16) for idx in model.routing]
-    for counted, hand in zip(step_counts(model), by_hand):
-        assert torch.equal(counted, hand.float())
+    assert load.sum(1).tolist() == wanted, "every token with a target goes to K experts"
+    assert torch.equal(load, load_by_hand(model, tokens, targets))
 
 
-def nothing_but_training_counts():
-    """Evaluation, decoding and activation recomputation leave counts and bias as one plain pass does."""
-    tokens, targets = random_text(Config.preset("tiny", vocab_size=256))
-    results = []
-    for recompute, disturbed in ((False, False), (True, False), (False, True)):
-        model = build().train()
-        model.recompute = recompute
-        before = [moe.gate.e_score_correction_bias.clone() for _, moe in model.moe_layers()]
-        training_pass(model, tokens, targets)
+def nothing_but_training_moves_the_bias(recompute=False, disturbed=False):
+    """Each of three steps moves it by its own tokens, counted by hand; what else the model is asked
+    between the steps, or computes twice within one, does not count."""
+    model = build().train()
+    model.recompute = recompute
+    for step in range(3):
+        tokens, targets = random_text(model.config, B=4, T=20, seed=step)
+        before, by_hand = biases(model), load_by_hand(model, tokens, targets)
         if disturbed:
+            other = random_text(model.config, B=4, T=20, seed=7)
+            train.evaluate(model, [other], train.Dist())
+            training_pass(model.eval(), *other)  # with gradients, in eval mode
             with torch.no_grad():
-                model(tokens, targets)
-                model.eval()(tokens, cache=model.new_cache(2, 40))
-            model(tokens, targets)["ce"].backward()  # with gradients, in eval mode
-            model.train()
-        after = [moe.gate.e_score_correction_bias.clone() for _, moe in model.moe_layers()]
-        assert all(torch.equal(a, b) for a, b in zip(before, after)), "the bias moved before the update"
-        counts = step_counts(model)
-        model.update_routing_bias(0.01)
-        results.append((counts, [moe.gate.e_score_correction_bias.clone() for _, moe in model.moe_layers()]))
-        assert not any(c.any() for c in step_counts(model)), "the update clears the counts"
-    for counts, biases in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0][0], counts)), "counts"
-        assert all(torch.equal(a, b) for a, b in zip(results[0][1], biases)), "biases"
+                model(other[0], cache=model.new_cache(4, 20))
+            model.train().zero_grad()
+        assert torch.equal(biases(model), before), "the bias moved outside a step"
+        load = a_step(model, tokens, targets, micro_batch=2)
+        assert torch.equal(load, by_hand), "load"
+        moved = 0.01 * torch.sign(by_hand.mean(1, keepdim=True) - by_hand)
+        close(biases(model), before + moved, 1e-6, "bias")
 
 
 def micro_batches_give_the_bias_of_one_batch():
     tokens, targets = random_text(Config.preset("tiny", vocab_size=256), B=8, T=12)
     targets[1, :7] = -100
-    biases = []
-    for size in (8, 2):
-        model = build().train()
-        for part in range(0, 8, size):
-            training_pass(model, tokens[part : part + size], targets[part : part + size])
-        model.update_routing_bias(0.01)
-        biases.append([moe.gate.e_score_correction_bias for _, moe in model.moe_layers()])
-    assert all(torch.equal(a, b) for a, b in zip(*biases)), "the bias depends on the micro-batch size"
+    models = [build().train() for _ in range(2)]
+    loads = [a_step(model, tokens, targets, size) for model, size in zip(models, (8, 2))]
+    assert torch.equal(*loads), "load"
+    assert torch.equal(*map(biases, models)), "the bias depends on the micro-batch size"
 
 
+@torch.no_grad()
 def bias_moves_by_the_sign_of_the_load(speed=0.001):
-    """`b += speed * sign(mean - count)`: idle up, overloaded down, at the mean not at all, far from 0 as well."""
-    router = Router(Config.preset("tiny", n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2))
-    router.counts.copy_(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 2.5, 2.5]))
+    """`b += speed * sign(mean - load)`: idle up, overloaded down, at the mean not at all, far from 0
+    as well."""
+    sizes = dict(n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2)
+    router = Router(Config.preset("tiny", **sizes))
     router.e_score_correction_bias.fill_(5.0)
-    router.update_bias(speed)
+    router.update_bias(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 2.5, 2.5]), speed)
     wanted = 5.0 + speed * torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0, 0.0, 0.0])
     close(router.e_score_correction_bias, wanted, 1e-6, "updated bias")
-    assert not router.counts.any()
     before = router.e_score_correction_bias.clone()
-    router.update_bias(speed)  # nothing was counted: all at the mean
+    router.update_bias(torch.zeros(8), speed)  # nothing was routed: all at the mean
     assert torch.equal(router.e_score_correction_bias, before)
 
 
@@ -422,7 +441,8 @@ def bias_is_state_and_not_a_weight():
 
 
 def load_evens_out(steps=60, speed=0.03):
-    """From a skewed start the fullest expert must lose load, in every layer: the effect, not the movement."""
+    """From a skewed start the fullest expert must lose load, in every layer: the effect, not the
+    movement."""
     model = build("fused").train()
     with torch.no_grad():
         for _, moe in model.moe_layers():
@@ -431,16 +451,16 @@ def load_evens_out(steps=60, speed=0.03):
     tokens, targets = random_text(model.config, B=4, T=32)
     loads = []
     for _ in range(steps):
-        model(tokens, targets)
-        loads.append([(c.max() / c.mean()).item() for c in step_counts(model)])
-        model.update_routing_bias(speed)
+        with torch.no_grad():
+            load = model(tokens, targets)["load"]
+        loads.append((load.amax(1) / load.mean(1)).tolist())
+        train.update_biases(model, load, speed)
     assert min(loads[0]) > 3, "the start is skewed"
     for first, last in zip(loads[0], loads[-1]):
         assert last < 1 + 0.4 * (first - 1), f"max/mean load went from {first:.2f} to {last:.2f}"
-    return loads[0], loads[-1]
 
 
-# ------------------------------------------------------------------------------------------ balance loss
+# ------------------------------------------------------------------------------------- balance loss
 
 
 def naive_balance(affinity, K: int, mask) -> torch.Tensor:
@@ -465,12 +485,14 @@ def balance_loss_equals_the_loops():
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[1, 4:] = False
     chosen = torch.zeros(3, 9, 2, dtype=torch.int64)
-    got = balance_loss(ours.Routing(chosen, torch.ones(3, 9, 2), logits.sigmoid()), mask)
+    routing = ours.Routing(chosen, torch.ones(3, 9, 2), logits.sigmoid())
+    got = ours.balance_loss(routing, mask)
     wanted = naive_balance(logits.sigmoid(), 2, mask)
     close(got, wanted, 1e-12, "balance loss")
     assert got.requires_grad, "the balance loss has no gradient"
     weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    grads = [torch.autograd.grad((loss * weight).sum(), logits, retain_graph=True)[0] for loss in (got, wanted)]
+    grads = [torch.autograd.grad((loss * weight).sum(), logits, retain_graph=True)[0]
+             for loss in (got, wanted)]
     assert grads[1].abs().max() > 1e-4
     close(grads[0], grads[1], 1e-12, "gradient of the balance loss")
 
@@ -481,7 +503,7 @@ def balance_loss_sees_each_sequence():
     affinity[0, :, :4] = 0.9
     affinity[1, :, 4:] = 0.9
     flat = ours.Routing(torch.zeros(2, 8, 4, dtype=torch.int64), torch.ones(2, 8, 4), affinity)
-    loss = balance_loss(flat, torch.ones(2, 8, dtype=torch.bool))
+    loss = ours.balance_loss(flat, torch.ones(2, 8, dtype=torch.bool))
     assert loss.min() > 1.9, f"skewed sequences cost {loss.tolist()}, wanted nearly 2 (uniform: 1)"
 
 
@@ -496,7 +518,7 @@ def balance_loss_reaches_the_router():
         assert moe.gate.weight.grad is not None and moe.gate.weight.grad.abs().sum() > 0, name
 
 
-# ---------------------------------------------------------------------------------------- what is causal
+# ----------------------------------------------------------------------------------- what is causal
 
 
 def losses_per_position(model: Transformer, tokens, targets) -> list[torch.Tensor]:
@@ -512,7 +534,7 @@ def losses_per_position(model: Transformer, tokens, targets) -> list[torch.Tenso
 
 @torch.no_grad()
 def nothing_sees_the_future(impl="reference", **changes):
-    """Change token t: logits before t stay, and so do MTP losses whose inputs end before t, to the bit or nearly."""
+    """Change token t: logits before t stay, and so do MTP losses whose inputs end before t."""
     model = build(impl, num_nextn_predict_layers=2, **changes)
     tokens, targets = random_text(model.config, B=2, T=24)
     fixed = targets.clone()
@@ -543,22 +565,21 @@ def rows_do_not_touch(**changes):
 
 def random_tokens_stay_at_ln_vocab(steps=60, V=32):
     """Nothing can be learned from fresh random tokens, so a loss below ln V has seen its answer."""
-    model = Transformer(Config.preset("tiny", vocab_size=V, hidden_size=48, num_hidden_layers=2), "fused").train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    tail = {"ce": [], "mtp": []}
+    sizes = dict(vocab_size=V, hidden_size=48, num_hidden_layers=2)
+    model = Transformer(Config.preset("tiny", **sizes), "fused").train()
+    optimizer, found = torch.optim.AdamW(model.parameters(), lr=1e-2), []
     for step in range(steps):
         losses = model(*random_text(model.config, B=16, T=24, seed=step))
         (losses["ce"] + losses["mtp"]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        for name, values in tail.items():
-            values.append(losses[name].item())
-    for name, values in tail.items():
-        mean = sum(values[-15:]) / 15
-        assert math.log(V) - 0.03 < mean < math.log(V) + 0.15, f"{name} is {mean:.3f}, ln {V} = {math.log(V):.3f}"
+        found.append((losses["ce"].item(), losses["mtp"].item()))
+    for name, mean in zip(("ce", "mtp"), torch.tensor(found[-15:]).mean(0).tolist()):
+        what = f"{name} is {mean:.3f}, ln {V} = {math.log(V):.3f}"
+        assert math.log(V) - 0.03 < mean < math.log(V) + 0.15, what
 
 
-# ------------------------------------------------------------------------------------------------ losses
+# ------------------------------------------------------------------------------------------- losses
 
 
 @torch.no_grad()
@@ -588,15 +609,15 @@ def head_is_not_the_embedding():
     close(model(tokens), before, 0.0, "logits after an unseen token's embedding changed")
 
 
-# ------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 def transformers_loads_it(directory, model: Transformer):
     """AutoModelForCausalLM finds every tensor it wants and gives the same logits."""
-    from transformers import AutoModelForCausalLM
-
-    twin, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
-    extra = [name for name in info["unexpected_keys"] if not name.startswith(mtp_prefixes(model.config))]
+    twin, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True,
+                                                      dtype=torch.float32)
+    known = mtp_prefixes(model.config)
+    extra = [name for name in info["unexpected_keys"] if not name.startswith(known)]
     assert not info["missing_keys"] and not info["mismatched_keys"] and not extra, info
     tokens, _ = random_text(model.config, T=64)
     with torch.no_grad():
@@ -605,9 +626,10 @@ def transformers_loads_it(directory, model: Transformer):
 
 
 def transformers_loads_the_mtp_layer(directory, model: Transformer):
-    """Its MTP loader wants the released names: layer num_hidden_layers, enorm, hnorm, eh_proj, shared_head."""
+    """Its MTP loader wants the released names: layer num_hidden_layers, enorm, hnorm and so on."""
     twin = transformers_loads_it(directory, model)
-    twin._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{model.config.num_hidden_layers}\..*"]
+    layer = model.config.num_hidden_layers
+    twin._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{layer}\..*"]
     try:
         mtp = MtpModel.from_pretrained(twin).eval()
     except RuntimeError as error:
@@ -622,8 +644,8 @@ def transformers_loads_the_mtp_layer(directory, model: Transformer):
 def saved_bits_are_the_weights(directory):
     """Save, load, compare every tensor bit by bit."""
     model = build(num_nextn_predict_layers=2)
-    save_pretrained(model, directory)
-    again = load_pretrained(directory, impl="reference")
+    model.save_pretrained(directory)
+    again = Transformer.from_pretrained(directory, impl="reference")
     assert again.config == model.config
     state, wanted = again.state_dict(), model.state_dict()
     assert state.keys() == wanted.keys()
@@ -640,10 +662,10 @@ def bf16_checkpoint_keeps_the_bias_wide(directory):
     model = build()
     for _, moe in model.moe_layers():
         moe.gate.e_score_correction_bias.add_(5.0)
-    wanted = {name: moe.gate.e_score_correction_bias.clone() for name, moe in model.moe_layers()}
-    save_pretrained(model, directory / "a")
-    narrow = load_pretrained(directory / "a", dtype=torch.bfloat16)
-    save_pretrained(narrow, directory / "b")
+    wanted = dict(zip([name for name, _ in model.moe_layers()], biases(model)))
+    model.save_pretrained(directory / "a")
+    narrow = Transformer.from_pretrained(directory / "a", dtype=torch.bfloat16)
+    narrow.save_pretrained(directory / "b")
     with safe_open(directory / "b" / "model.safetensors", framework="pt") as file:
         assert file.get_tensor("lm_head.weight").dtype == torch.bfloat16
         for name in wanted:
@@ -651,19 +673,26 @@ def bf16_checkpoint_keeps_the_bias_wide(directory):
             assert saved.dtype == torch.float32 and torch.equal(saved, wanted[name]), name
 
 
-# ------------------------------------------------------------------------------------------------ counts
+# ------------------------------------------------------------------------------------------- counts
 
 
-def formula(d, L, dense, H, q_rank, kv_rank, d_ff, d_e, E, shared, vocab, has_bias, mtp=0, K=0, nope=128, rope=64,
-            v=128) -> dict[str, int]:
+def formula(c: Config) -> dict[str, int]:
     """Parameters by the counting rules of the papers; `active` leaves out the input embedding."""
-    q = d * q_rank + q_rank + q_rank * H * (nope + rope) if q_rank else d * H * (nope + rope)
-    attention = q + d * (kv_rank + rope) + kv_rank + kv_rank * H * (nope + v) + H * v * d
-    router = E * d + (E if has_bias else 0)
-    moe, used = (3 * d * d_e * (n + shared) + router for n in (E, K))
-    common = L * (attention + 2 * d) + d + dense * 3 * d * d_ff
-    return {"main": 2 * vocab * d + common + (L - dense) * moe, "mtp": mtp * (attention + 2 * d + moe + 2 * d * d + 3 * d),
-            "active": vocab * d + common + (L - dense) * used, "embedding": vocab * d}
+    d, H, R, nope, rope = (c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim,
+                           c.qk_rope_head_dim)
+    q = d * H * (nope + rope)
+    if c.q_lora_rank:
+        q = d * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * H * (nope + rope)
+    attention = q + d * (R + rope) + R + R * H * (nope + c.v_head_dim) + H * c.v_head_dim * d
+    E, dense, shared = c.n_routed_experts, c.first_k_dense_replace, c.n_shared_experts
+    router = E * d + (E if c.topk_method == "noaux_tc" else 0)
+    moe, used = (3 * d * c.moe_intermediate_size * (n + shared) + router
+                 for n in (E, c.num_experts_per_tok))
+    common = c.num_hidden_layers * (attention + 2 * d) + d + dense * 3 * d * c.intermediate_size
+    head, sparse = c.vocab_size * d, c.num_hidden_layers - dense
+    mtp = c.num_nextn_predict_layers * (attention + 2 * d + moe + 2 * d * d + 3 * d)
+    return {"main": 2 * head + common + sparse * moe, "mtp": mtp,
+            "active": head + common + sparse * used, "embedding": head}
 
 
 def yarn_frequencies(P, theta, s, length, fast, slow) -> list[float]:

@@ -3,21 +3,20 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from test_train import STEP, masked, random_batch, small_model
 
-from train import Dist, RunFolder, evaluate, make_optimizer, setup_distributed, train_step
-
-ROOT = Path(__file__).parent.parent
+from data.io.run import RunFolder
+from tests.conftest import ROOT
+from tests.test_train import QUICK, STEP, masked, random_batch, small_model
+from train import Dist, evaluate, make_optimizer, setup_distributed, train_step
 
 
 def three_steps(world: Dist, is_masked: bool):
     """Losses of three steps on fixed global batches, with the final state, and an evaluation."""
-    model = small_model(n_routed_experts=32, n_group=4)  # so many experts that some stay idle on a rank
+    model = small_model(n_routed_experts=32, n_group=4)  # so many that some stay idle
     wrapped = world.wrap(model)
     optimizer = make_optimizer(model, lr=1e-3)
     results = []
@@ -25,8 +24,9 @@ def three_steps(world: Dist, is_masked: bool):
         tokens, targets = random_batch(sequences=8, T=8, seed=step)
         targets = masked(targets) if is_masked else targets
         share = slice(world.rank, None, world.world_size)
-        results.append(train_step(wrapped, optimizer, tokens[share], targets[share], world, **(STEP | dict(
-            micro_batch=8 // world.world_size if step else 2))))
+        knobs = STEP | dict(micro_batch=8 // world.world_size if step else 2)
+        mine = tokens[share], targets[share]
+        results.append(train_step(wrapped, optimizer, *mine, world, **knobs))
     losses, used = evaluate(model, [random_batch(seed=9), random_batch(seed=10)], world)
     return results, losses, used, model.state_dict()
 
@@ -42,7 +42,8 @@ def worker(rank: int, world_size: int, port: int, folder: str, is_masked: bool):
 
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_two_ranks_are_one(tmp_path, is_masked):
-    mp.spawn(worker, args=(2, 29400 + os.getpid() % 500 + is_masked, str(tmp_path), is_masked), nprocs=2)
+    port = 29400 + os.getpid() % 500 + is_masked
+    mp.spawn(worker, args=(2, port, str(tmp_path), is_masked), nprocs=2)
     alone = three_steps(Dist(), is_masked)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for results, losses, used, state in ranks:
@@ -62,14 +63,13 @@ def test_two_ranks_are_one(tmp_path, is_masked):
 def test_torchrun_gives_the_losses_of_one_process(tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(200):  # one text in 32 is for validation
-        (tmp_path / "text" / f"{i}.txt").write_text(f"Tale {i}. " + "A small boat on the wide sea. " * 40)
-    flags = ["--data", "text", "--steps", "6", "--tokens_per_step", "512", "--seq_len", "32", "--device", "cpu",
-             "--eval_every", "3", "--eval_tokens", "256", "--micro_batch", "8", "--precision", "fp32", "--set",
-             "hidden_size=32", "moe_intermediate_size=16", "num_hidden_layers=2"]
-    one = [sys.executable, str(ROOT / "train.py"), *flags, "--name", "one"]
-    two = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-           f"--master_port={29950 + os.getpid() % 40}", str(ROOT / "train.py"), *flags, "--name", "two"]
-    for command in (one, two):
+        text = f"Tale {i}. " + "A small boat on the wide sea. " * 40
+        (tmp_path / "text" / f"{i}.txt").write_text(text)
+    flags = ["--steps", "6", "--eval_every", "3", "--micro_batch", "8", *QUICK]
+    port = 29950 + os.getpid() % 40
+    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    for launcher, name in (([], "one"), (two, "two")):
+        command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags, "--name", name]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
                               env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr
@@ -78,4 +78,4 @@ def test_torchrun_gives_the_losses_of_one_process(tmp_path):
     for a, b in zip(*rows):
         for column in ("ce", "mtp", "balance", "val_text", "train_text", "val_mtp"):
             if a[column]:
-                assert float(b[column]) == pytest.approx(float(a[column]), rel=1e-4), (a["step"], column)
+                assert float(b[column]) == pytest.approx(float(a[column]), rel=1e-4), column

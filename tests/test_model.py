@@ -1,31 +1,25 @@
-"""model.py against oracles: transformers, loops in float64, closed formulas, DeepSeek's published figures."""
+"""model.py against oracles: transformers, loops in float64, closed formulas, published figures."""
 
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import checks
 import pytest
 import torch
 from checks import ARCHITECTURES, YARN, build, close, random_text
 
+import kernels
 import model as ours
-from data import UserError
-from model import PRESETS, Cache, Config, Transformer, count_parameters, flops_per_token, rope_frequencies
+from data.io.checkpoint import config_to_hf, preset_names
+from data.io.cli import UserError
+from model import Cache, Config, Transformer, count_parameters, flops_per_token, rope_frequencies
 
 IMPLS = ["reference", "fused"]
-# facts from DeepSeek's and Moonshot's published config.json files
-PUBLISHED = {  # d, L, dense, H, q_rank, kv_rank, d_ff, d_e, E, shared, vocab, K, groups, kept, gate, factor, theta, yarn
-    "v3": (7168, 61, 3, 128, 1536, 512, 18432, 2048, 256, 1, 129280, 8, 8, 4, "sigmoid", 2.5, 1e4, 40),
-    "v2": (5120, 60, 1, 128, 1536, 512, 12288, 1536, 160, 2, 102400, 6, 8, 3, "softmax", 16.0, 1e4, 40),
-    "v2-lite": (2048, 27, 1, 16, None, 512, 10944, 1408, 64, 2, 102400, 6, 1, 1, "softmax", 1.0, 1e4, 40),
-    "moonlight": (2048, 27, 1, 16, None, 512, 11264, 1408, 64, 2, 163840, 6, 1, 1, "sigmoid", 2.446, 5e4, 1),
-    "kimi-k2": (7168, 61, 1, 64, 1536, 512, 18432, 2048, 384, 1, 163840, 8, 1, 1, "sigmoid", 2.827, 5e4, 32),
-}
-TOTALS = {"v3": 671_026_419_200, "v2": 235_741_434_880, "v2-lite": 15_706_484_224, "moonlight": 15_960_110_208,
-          "kimi-k2": 1_026_408_232_448}
+TOTALS = {"v3": 671_026_419_200, "v2": 235_741_434_880, "v2-lite": 15_706_484_224,
+          "moonlight": 15_960_110_208, "kimi-k2": 1_026_408_232_448}
 
 
-# ------------------------------------------------------------------------------- equal to transformers
+# ---------------------------------------------------------------------------- equal to transformers
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -51,7 +45,7 @@ def test_mtp_after_yarn_and_in_a_model_of_dense_layers():
     checks.mtp_equals_transformers(first_k_dense_replace=5)  # the module itself always has experts
 
 
-# ---------------------------------------------------------------------------------- attention and cache
+# ------------------------------------------------------------------------------ attention and cache
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -103,15 +97,24 @@ def test_cache_rows_can_be_chosen_and_repeated():
     assert cache.length.tolist() == [10, 4, 7], "a selection is a copy"
 
 
-def test_the_model_never_moves_the_cache_and_last_only_picks():
+def test_the_model_never_moves_the_cache_and_some_rows_can_have_their_logits_alone():
     model = build()
     tokens, _ = random_text(model.config, T=9)
     cache = model.new_cache(2, 12)
     with torch.no_grad():
         all_logits = model(tokens, cache=cache)
         assert cache.length.tolist() == [0, 0]
-        picked = model(tokens, cache=cache, last_only=torch.tensor([8, 3]))
+        h, _ = model.trunk(tokens, cache)
+        picked = model.lm_head(h[torch.arange(2), torch.tensor([8, 3])])
     close(picked, torch.stack([all_logits[0, 8], all_logits[1, 3]]), 1e-5, "picked positions")
+
+
+def test_rows_that_move_alike_are_not_looked_at(monkeypatch):
+    """The look would wait for a GPU."""
+    cache = Cache(Config.preset("tiny"), 2, 8)
+    monkeypatch.setattr(torch.Tensor, "max", lambda self: pytest.fail("the lengths were read"))
+    cache.advance(3)
+    assert (cache.longest, cache.length.tolist()) == (3, [3, 3])
 
 
 @pytest.mark.parametrize("factor, fast, slow", [(40.0, 32.0, 1.0), (32.0, 1.0, 1.0), (4.0, 8.0, 2.0)])
@@ -130,7 +133,7 @@ def test_yarn_frequencies_follow_the_closed_formula(factor, fast, slow):
         assert rope_frequencies(config).tolist() == pytest.approx(wanted, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ router
+# ------------------------------------------------------------------------------------------- router
 
 
 @pytest.mark.parametrize("name", ["v3", "v3 gates not normalised", "moonlight", "v2", "v2-lite"])
@@ -150,23 +153,25 @@ def test_replayed_routing_gives_the_same_pass_and_live_gates():
     tokens, targets = random_text(model.config)
     with torch.no_grad():
         logits = model(tokens)
-        chosen = model.routing
+        chosen = checks.choices(model, tokens)
         assert [idx.shape for idx in chosen] == [(2, 40, 4)] * 2
         close(model(tokens, replay=chosen), logits, 1e-6, "replay of its own choice")
         other = [(idx + 1) % 16 for idx in chosen]
         assert (model(tokens, replay=other) - logits).abs().max() > 0.1
-        assert all(torch.equal(a, b) for a, b in zip(model.routing, other))
+        _, routings = model.trunk(tokens, replay=other)
+        assert all(torch.equal(a.topk_idx, b) for a, b in zip(routings, other))
     model(tokens, targets, replay=other, mtp=False)["ce"].backward()
     grad = model.model.layers[1].mlp.gate.weight.grad
-    assert grad is not None and grad.abs().sum() > 0, "gates are computed again from the live affinities"
+    assert grad is not None and grad.abs().sum() > 0, "gates come from the live affinities"
 
 
-# ------------------------------------------------------------------------------------- balancing, losses
+# -------------------------------------------------------------------------------- balancing, losses
 
 
-def test_counts():
-    checks.counts_are_of_trained_tokens()
-    checks.nothing_but_training_counts()
+def test_load():
+    checks.load_is_of_tokens_with_a_target()
+    checks.nothing_but_training_moves_the_bias()
+    checks.nothing_but_training_moves_the_bias(recompute=True, disturbed=True)
     checks.micro_batches_give_the_bias_of_one_batch()
 
 
@@ -177,17 +182,17 @@ def test_bias():
 
 
 def test_idle_experts_keep_the_model_finite_and_rise():
-    """More experts than tokens: most get nothing, all keep a gradient (DDP needs one) and the bias lifts them."""
+    """More experts than tokens: most get nothing, all keep a gradient (DDP needs one), the bias lifts
+    them."""
     model = build(n_routed_experts=64, n_group=1, topk_group=1).train()
-    checks.training_pass(model, *random_text(model.config, B=1, T=3))
+    tokens, targets = random_text(model.config, B=1, T=3)
+    used = checks.training_pass(model, tokens, targets)["load"] > 0
     for name, p in model.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), name
-    counts = [c > 0 for c in checks.step_counts(model)]
-    before = [moe.gate.e_score_correction_bias.clone() for _, moe in model.moe_layers()]
-    model.update_routing_bias(0.1)
-    for used, old, (_, moe) in zip(counts, before, model.moe_layers()):
-        moved = moe.gate.e_score_correction_bias - old
-        assert (moved[~used] > 0).all() and (~used).sum() > 40 and (moved[used] < 0).all()
+    before = checks.biases(model)
+    checks.a_step(model, tokens, targets, micro_batch=1, speed=0.1)
+    moved = checks.biases(model) - before
+    assert ((~used).sum(1) > 40).all() and (moved[~used] > 0).all() and (moved[used] < 0).all()
 
 
 def test_balance_loss():
@@ -198,7 +203,7 @@ def test_balance_loss():
 
 def test_balance_of_the_model_is_the_sum_over_its_layers():
     model, caught = build(num_nextn_predict_layers=2), []
-    hooks = [moe.gate.register_forward_hook(lambda _m, _i, routing: caught.append(routing.affinity.double()))
+    hooks = [moe.gate.register_forward_hook(lambda _m, _i, out: caught.append(out.affinity.double()))
              for _, moe in model.moe_layers()]
     tokens, targets = random_text(model.config, T=12)
     targets[0, :5] = -100
@@ -206,7 +211,8 @@ def test_balance_of_the_model_is_the_sum_over_its_layers():
         got = model(tokens, targets)["balance"]
     for hook in hooks:
         hook.remove()
-    wanted = sum(checks.naive_balance(a, 4, targets[:, 12 - a.shape[1] :] != -100).mean() for a in caught)
+    wanted = sum(checks.naive_balance(a, 4, targets[:, 12 - a.shape[1] :] != -100).mean()
+                 for a in caught)
     assert len(caught) == 4 and got.item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
@@ -231,7 +237,7 @@ def test_nothing_sees_the_future(impl):
     checks.nothing_sees_the_future(impl)
 
 
-@pytest.mark.parametrize("impl", ["reference", "fused"])
+@pytest.mark.parametrize("impl", IMPLS)
 def test_isolated_documents_in_one_row_are_those_alone(impl):
     model = build(impl, dtype=torch.float64)
     tokens = random_text(model.config, B=1, T=40)[0].clamp(min=2)
@@ -243,7 +249,7 @@ def test_isolated_documents_in_one_row_are_those_alone(impl):
     open_ = model(tokens, targets, reduction="none")["ce"][0]
     for start, end in ((0, 9), (9, 23), (23, 40)):
         alone = model(tokens[:, start:end], targets[:, start:end], reduction="none")["ce"][0]
-        torch.testing.assert_close(packed[start:end], alone, rtol=0, atol=1e-5)  # angles are float32
+        close(packed[start:end], alone, 1e-5, "a document alone")  # angles are float32
     assert (open_ - packed)[9:].abs().max() > 1e-3  # without it, they do see each other
 
 
@@ -258,7 +264,8 @@ def test_on_random_tokens_every_loss_stays_at_ln_vocab():
 def test_it_learns_to_count():
     """Overfits "count up", and the greedy continuation counts by one: labels are shifted exactly once."""
     V = 24
-    model = Transformer(Config.preset("tiny", vocab_size=V, hidden_size=48, num_hidden_layers=2)).train()
+    sizes = dict(vocab_size=V, hidden_size=48, num_hidden_layers=2)
+    model = Transformer(Config.preset("tiny", **sizes)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(40):
         start = torch.randint(V, (16, 1))
@@ -272,6 +279,27 @@ def test_it_learns_to_count():
     for _ in range(4):
         text = torch.cat((text, model.eval()(text)[:, -1:].argmax(-1)), 1)
     assert text[0].tolist() == [5, 6, 7, 8, 9, 10, 11]
+
+
+def test_another_dtype_or_device_chooses_the_twins_again():
+    """`model.double()` of a fused model runs in float64, experts included, which its float32 twins
+    cannot; back in float32 it has the fast ones."""
+    model = build("fused")
+    fast = kernels.expert_ffn_fused
+    tokens, _ = random_text(model.config)
+    assert model.ops.expert_ffn is fast
+    model.compute_dtype = torch.float64
+    model.double()
+    assert {module.ops.expert_ffn for module in model.modules()} == {kernels.expert_ffn_reference}
+    assert model.ops.linear is kernels.linear_fused, "the choice of fused twins stays"
+    with torch.no_grad():
+        wide = model(tokens)
+        close(wide, build(dtype=torch.float64)(tokens), 1e-10, "float64")
+    model.compute_dtype = torch.float32
+    assert model.float().ops.expert_ffn is fast
+    model.to("meta")
+    assert model.ops.expert_ffn is kernels.expert_ffn_reference, "no grouped product there"
+    assert model.frequencies.device.type == "meta"
 
 
 def test_initialisation_is_what_it_says():
@@ -289,32 +317,16 @@ def test_initialisation_is_what_it_says():
             assert (tensor == (1.0 if "norm" in name else 0.0)).all(), name
 
 
-# -------------------------------------------------------------------------------- presets, counts, knobs
+# --------------------------------------------------------------------------- presets, counts, knobs
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_presets_have_the_published_sizes_and_counts(name):
-    c, row = Config.preset(name), PUBLISHED[name]
-    gate = (c.num_experts_per_tok, c.n_group, c.topk_group, c.scoring_func, c.routed_scaling_factor, c.rope_theta,
-            c.rope_factor)
-    assert gate == row[11:]
-    sizes = (c.hidden_size, c.num_hidden_layers, c.first_k_dense_replace, c.num_attention_heads, c.q_lora_rank,
-             c.kv_lora_rank, c.intermediate_size, c.moe_intermediate_size, c.n_routed_experts, c.n_shared_experts,
-             c.vocab_size)
-    assert sizes == row[:11]
-    assert (c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.attention_bias) == (128, 64, 128, False)
-    assert c.norm_topk_prob == (row[14] == "sigmoid") and c.num_nextn_predict_layers == (name == "v3")
-    methods = {"v2": "group_limited_greedy", "v2-lite": "greedy"}
-    assert c.topk_method == methods.get(name, "noaux_tc")
-    assert c.rms_norm_eps == (1e-5 if name == "moonlight" else 1e-6)
-    if c.rope_factor > 1:
-        mscale = 0.707 if name == "v2-lite" else 1.0
-        assert (c.rope_mscale, c.rope_mscale_all_dim, c.rope_original_max_position_embeddings) == (mscale, mscale, 4096)
-        assert (c.rope_beta_fast, c.rope_beta_slow) == ((1, 1) if name == "kimi-k2" else (32, 1))
-    counts = count_parameters(c)
-    wanted = checks.formula(*row[:11], has_bias=row[14] == "sigmoid", mtp=c.num_nextn_predict_layers, K=row[11])
+@pytest.mark.parametrize("name", TOTALS)
+def test_released_presets_have_the_published_counts(name):
+    config = Config.preset(name)
+    counts, wanted = count_parameters(config), checks.formula(config)
     assert wanted["main"] == TOTALS[name]
-    assert {key: counts[key] for key in wanted} == wanted and counts["total"] == wanted["main"] + wanted["mtp"]
+    assert {key: counts[key] for key in wanted} == wanted
+    assert counts["total"] == wanted["main"] + wanted["mtp"]
 
 
 def test_v3_figures():
@@ -327,11 +339,12 @@ def test_v3_figures():
     assert round((counts["active"] + counts["embedding"]) / 1e9, 2) == 37.55
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", preset_names())
 def test_every_preset_builds_on_the_meta_device(name):
     with torch.device("meta"):
         model = Transformer(Config.preset(name), init=False)
-    assert sum(t.numel() for t in model.state_dict().values()) == count_parameters(model.config)["total"]
+    numbers = sum(t.numel() for t in model.state_dict().values())
+    assert numbers == count_parameters(model.config)["total"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "small", "medium"])
@@ -341,17 +354,20 @@ def test_trainable_presets_have_every_feature_really_on(name):
     assert c.q_lora_rank < c.hidden_size and c.kv_lora_rank < min(c.hidden_size, heads)
     assert 1 < c.topk_group < c.n_group and c.n_shared_experts and c.num_nextn_predict_layers == 1
     assert 0 < c.first_k_dense_replace < c.num_hidden_layers and c.topk_method == "noaux_tc"
-    assert c.initializer_range == pytest.approx(0.5 / c.hidden_size**0.5, rel=0.05)  # V3's rule
+    wanted = 0.5 / c.hidden_size**0.5  # V3's rule
+    assert c.initializer_range == pytest.approx(wanted, rel=0.05)
 
 
-CHANGED = dict(vocab_size=96, hidden_size=80, intermediate_size=100, moe_intermediate_size=24, num_hidden_layers=2,
-               num_attention_heads=2, n_shared_experts=2, n_routed_experts=8, num_experts_per_tok=3, n_group=2,
-               topk_group=1, first_k_dense_replace=2, norm_topk_prob=False, routed_scaling_factor=1.0,
-               scoring_func="softmax", topk_method="greedy", q_lora_rank=None, kv_lora_rank=20, qk_nope_head_dim=8,
-               qk_rope_head_dim=8, v_head_dim=8, num_nextn_predict_layers=2, attention_bias=True,
-               max_position_embeddings=20, rms_norm_eps=0.1, initializer_range=0.1, rope_theta=100.0, rope_factor=2.0,
-               rope_original_max_position_embeddings=256, rope_beta_fast=4.0, rope_beta_slow=0.1, rope_mscale=0.5,
-               rope_mscale_all_dim=0.5, bos_token_id=3, eos_token_id=4)
+CHANGED = dict(
+    vocab_size=96, hidden_size=80, intermediate_size=100, moe_intermediate_size=24,
+    num_hidden_layers=2, num_attention_heads=2, n_shared_experts=2, n_routed_experts=8,
+    num_experts_per_tok=3, n_group=2, topk_group=1, first_k_dense_replace=2, norm_topk_prob=False,
+    routed_scaling_factor=1.0, scoring_func="softmax", topk_method="greedy", q_lora_rank=None,
+    kv_lora_rank=20, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+    num_nextn_predict_layers=2, attention_bias=True, max_position_embeddings=20, rms_norm_eps=0.1,
+    initializer_range=0.1, rope_theta=100.0, rope_factor=2.0,
+    rope_original_max_position_embeddings=256, rope_beta_fast=4.0, rope_beta_slow=0.1,
+    rope_mscale=0.5, rope_mscale_all_dim=0.5, bos_token_id=3, eos_token_id=4)
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Config)])
@@ -360,13 +376,14 @@ def test_no_knob_without_an_effect(field):
     base = YARN | dict(num_hidden_layers=3)
     assert getattr(Config.preset("tiny", **base), field) != CHANGED[field]
     one, two = build(**base), build(**(base | {field: CHANGED[field]}))
-    assert one.config.to_dict() != two.config.to_dict()
+    assert config_to_hf(asdict(one.config)) != config_to_hf(asdict(two.config))
     tokens = random_text(one.config, T=30)[0] % 96
     if field == "max_position_embeddings":
         with pytest.raises(UserError, match="20"):
             two(tokens)
     elif field == "initializer_range":
-        assert not torch.equal(Transformer(one.config).lm_head.weight, Transformer(two.config).lm_head.weight)
+        heads = [Transformer(model.config).lm_head.weight for model in (one, two)]
+        assert not torch.equal(*heads)
     elif field not in ("bos_token_id", "eos_token_id"):  # those are for whoever generates
         shapes = [{name: t.shape for name, t in m.state_dict().items()} for m in (one, two)]
         if shapes[0] == shapes[1]:
@@ -374,23 +391,23 @@ def test_no_knob_without_an_effect(field):
                 assert (one(tokens) - two(tokens)).abs().max() > 1e-3
 
 
-# -------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 BAD = {
-    "hidden_size": 0, "num_attention_heads": -1, "qk_rope_head_dim": 15, "num_experts_per_tok": 17, "n_group": 3,
-    "topk_group": 5, "scoring_func": "tanh", "topk_method": "best", "q_lora_rank": 0, "rope_factor": 0.5,
-    "vocab_size": 0, "n_shared_experts": -1, "first_k_dense_replace": -2, "num_nextn_predict_layers": -1,
-    "rms_norm_eps": -1e-6, "rope_theta": 0.0, "routed_scaling_factor": float("nan"), "kv_lora_rank": "32",
-    "num_hidden_layers": 2.5, "norm_topk_prob": "yes",
+    "hidden_size": 0, "num_attention_heads": -1, "qk_rope_head_dim": 15, "num_experts_per_tok": 17,
+    "n_group": 3, "topk_group": 5, "scoring_func": "tanh", "topk_method": "best", "q_lora_rank": 0,
+    "rope_factor": 0.5, "vocab_size": 0, "n_shared_experts": -1, "first_k_dense_replace": -2,
+    "num_nextn_predict_layers": -1, "rms_norm_eps": -1e-6, "rope_theta": 0.0, "kv_lora_rank": "32",
+    "routed_scaling_factor": float("nan"), "num_hidden_layers": 2.5, "norm_topk_prob": "yes",
 }
 
 
 @pytest.mark.parametrize("field", BAD)
 def test_sizes_that_do_not_fit_are_one_line(field):
-    with pytest.raises(UserError, match=field) as caught:
+    with pytest.raises(UserError, match=f"{field}: got {BAD[field]!r}, wanted ") as caught:
         Config.preset("tiny", **{field: BAD[field]})
-    assert "\n" not in str(caught.value) and "wanted" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_combinations_that_do_not_fit():
@@ -423,20 +440,9 @@ def test_text_that_does_not_fit():
         model(tokens[:, :5], tokens[:, :4])
 
 
-@pytest.mark.parametrize("bad", [256, -1])
-def test_token_ids_beyond_the_vocabulary(bad):
-    model = build()
-    tokens, targets = random_text(model.config, T=6)
-    tokens[1, 2] = bad
-    with pytest.raises(UserError, match=f"{bad}.*256"):
-        model(tokens)
-    with pytest.raises(UserError, match=f"{bad}.*256"):
-        model(targets, tokens)
-
-
 @pytest.mark.parametrize("argv, words", [
-    (["tinny"], ["tinny", "did you mean 'tiny'"]), (["--help-me"], ["wanted"]), (["a", "b"], ["wanted"]),
-    (["empty"], ["config.json is missing"]),
+    (["tinny"], ["tinny", "did you mean 'tiny'"]), (["--help-me"], ["wanted"]),
+    (["a", "b"], ["wanted"]), (["empty"], ["config.json is missing"]),
 ])
 def test_command_line_errors_are_one_line_and_exit_2(capsys, tmp_path, monkeypatch, exit_code, argv, words):
     monkeypatch.chdir(tmp_path)
@@ -455,19 +461,11 @@ def test_the_program_itself_exits_2(python):
 def test_the_self_portrait_of_v3_has_the_published_numbers(python):
     done = python("model.py", "v3")
     assert done.returncode == 0, done.stderr
-    for number in ("671,026,419,200", "70,272", "250 GFLOP", "2.788M", "$5.576M", "36,625,618,432"):
+    for number in ("671,026,419,200", "70,272", "250 GFLOP", "36,625,618,432"):
         assert number in done.stdout, number
 
 
 def test_the_self_portrait_knows_every_preset(capsys, exit_code):
-    for name in PRESETS:
+    for name in preset_names():
         assert exit_code(ours.main, name) == 0
         assert f"{count_parameters(Config.preset(name))['main']:,}" in capsys.readouterr().out
-
-
-def test_rows_that_move_alike_are_not_looked_at(monkeypatch):
-    """The look would wait for a GPU."""
-    cache = Cache(Config.preset("tiny"), 2, 8)
-    monkeypatch.setattr(torch.Tensor, "aminmax", lambda self: pytest.fail("the lengths were read"))
-    cache.advance(3)
-    assert (cache.shortest, cache.longest, cache.length.tolist()) == (3, 3, [3, 3])

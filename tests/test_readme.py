@@ -1,42 +1,57 @@
-"""What the README says exists: functions, flags, files, pictures; and the chain of imports that it promises."""
+"""What the README says exists: names, lines, commands, pictures; the chain of imports; sizes."""
 
 import ast
-import importlib
+import importlib.util
+import pkgutil
 import re
 import shlex
 
 import pytest
-from conftest import ROOT
 
-from rl import RLConfig
-from sample import SampleConfig, parse_flags
-from train import TrainConfig
+from data.io.cli import parse_flags
+from data.tasks.__main__ import TraceConfig
+from rl import RECIPES, VARIANTS, RLConfig
+from sample import SampleConfig
+from tests.conftest import ROOT
+from tests.links import LINK, with_lines
+from train import MOVED, PRESET_KNOBS, TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-NAMES = sorted(set(re.findall(r"`((?:model|kernels|train|sample|rl|data\.\w+)\.[A-Za-z_]\w*(?:\.\w+)*)`", README)) - {
-    f"{stem}.py" for stem in ("model", "kernels", "train", "sample", "rl")})
-COMMANDS = re.findall(r"^(?:torchrun --nproc_per_node=2 |python )(train|rl|sample)\.py *(.*)$", README, re.M)
-CHAIN = ["kernels", "model", "sample", "train", "rl"]
+FIVE = ["kernels", "model", "sample", "train", "rl"]
+DOTTED = re.findall(rf"`((?:{'|'.join(FIVE)}|data|tests)(?:\.\w+)+)`", README)
+NAMES = sorted({name for name in DOTTED if not name.endswith((".py", ".md", ".json"))})
+LAUNCHER = r"(?:^|`)(?:torchrun --nproc_per_node=2|python) "
+COMMANDS = re.findall(LAUNCHER + r"(-m [\w.]+|\w+\.py) *([^`\n#&]*)", README, re.M)
+KNOBS = {"train.py": (TrainConfig, {"presets": {"preset": PRESET_KNOBS}, "moved": MOVED}),
+         "rl.py": (RLConfig, {"presets": {"variant": VARIANTS, "recipe": RECIPES}}),
+         "sample.py": (SampleConfig, {}), "-m data.tasks": (TraceConfig, {})}
+
+# --------------------------------------------------------------------------------------- the README
 
 
 def test_there_are_names_and_commands_to_check():
-    assert len(NAMES) > 25 and len(COMMANDS) > 10
+    assert len(NAMES) > 25 and len(LINK.findall(README)) > 25
+    assert len([program for program, _ in COMMANDS if program in KNOBS]) > 10
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_function_of_the_tables_exists(name):
-    parts = name.split(".")
-    depth = 2 if parts[0] == "data" else 1
-    thing = importlib.import_module(".".join(parts[:depth]))
-    for part in parts[depth:]:
-        thing = getattr(thing, part)
+def test_every_name_exists(name):
+    pkgutil.resolve_name(name)
 
 
-@pytest.mark.parametrize("program,flags", COMMANDS)
+def test_links_lead_to_the_lines_of_their_names():
+    assert with_lines(README) == README, "python -m tests.links writes the lines anew"
+
+
+@pytest.mark.parametrize("program, flags", COMMANDS)
 def test_every_command_is_understood(program, flags):
-    config = {"train": TrainConfig, "rl": RLConfig, "sample": SampleConfig}[program]
-    words = shlex.split(flags.partition("#")[0].partition("&&")[0])
-    parse_flags(config, words, "")
+    if program not in KNOBS:
+        module = program.removeprefix("-m ").removesuffix(".py")
+        assert module in ("pytest", "pip") or importlib.util.find_spec(module)
+        return
+    config, options = KNOBS[program]
+    words = ["made.jsonl" if word == "FILE.jsonl" else word for word in shlex.split(flags)]
+    parse_flags(config, words, "", **options)
 
 
 def test_every_picture_is_there():
@@ -46,17 +61,60 @@ def test_every_picture_is_there():
         assert (ROOT / picture).read_bytes()[:4] == b"\x89PNG", picture
 
 
-@pytest.mark.parametrize("place", range(len(CHAIN)))
-def test_a_file_imports_only_from_its_left(place):
-    tree = ast.parse((ROOT / f"{CHAIN[place]}.py").read_text(encoding="utf-8"))
-    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    found |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert not {name.partition(".")[0] for name in found} & set(CHAIN[place:])
+# ---------------------------------------------------------------------------------------- the chain
+
+CHAIN = ["data.io", "data.tasks", "data.text", *FIVE]  # each imports from what stands left of it
+PRODUCT = sorted([*ROOT.glob("*.py"), *(ROOT / "data").rglob("*.py")])
 
 
-def test_data_imports_none_of_the_five():
-    for path in (ROOT / "data").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-                assert not {name.partition(".")[0] for name in names} & set(CHAIN), path
+def place(module: str) -> str:
+    """The link of the chain that a module belongs to: "data.io.cli" -> "data.io"."""
+    depth = 2 if module.startswith("data.") else 1
+    return ".".join(module.split(".")[:depth])
+
+
+def imported(tree: ast.AST) -> set[str]:
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {place(name) for name in found}
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_from_its_left(path):
+    here = place(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    found = imported(ast.parse(path.read_text(encoding="utf-8")))
+    ours = {name for name in found if name.partition(".")[0] in ("data", "tests", *FIVE)}
+    left = CHAIN[: CHAIN.index(here)] if here in CHAIN else []  # data/__init__.py: nothing
+    if here == "kernels":  # it stands alone
+        left = []
+    own = {here} if here.startswith("data.") else set()
+    assert ours <= {*left, *own}
+
+
+# -------------------------------------------------------------------------------------------- sizes
+
+SIZES = {  # most lines, most top-level definitions
+    "kernels.py": (520, 32),
+    "model.py": (720, 22),
+    "sample.py": (340, 22),
+    "train.py": (540, 22),
+    "rl.py": (620, 22),
+}
+WIDE, WIDEST, SHARE_OF_WIDE = 100, 120, 0.05  # characters of a line; how many lines may be wide
+
+
+@pytest.mark.parametrize("file", SIZES)
+def test_a_file_can_be_read_in_one_sitting(file):
+    text = (ROOT / file).read_text(encoding="utf-8")
+    lines, (most_lines, most_definitions) = text.splitlines(), SIZES[file]
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    definitions = [node.name for node in ast.parse(text).body if isinstance(node, kinds)]
+    assert len(lines) <= most_lines
+    assert len(definitions) <= most_definitions
+    assert max(map(len, lines)) <= WIDEST
+    assert sum(len(line) > WIDE for line in lines) <= SHARE_OF_WIDE * len(lines)

@@ -1,21 +1,26 @@
 """Tokenizer: nothing lost, nothing forged, the trainer is BPE, and ids equal Hugging Face's."""
 
+import json
 import random
 
 import pytest
 import regex
+import tiktoken
 
-from data import UserError
-from data.tokenizer import DEEPSEEK_PATTERN, PATTERN, SPECIALS, byte_letters, load_tokenizer, train_bpe, with_specials
+from data.io.cli import UserError
+from data.text.tokenizer import (DEEPSEEK_PATTERN, PATTERN, SPECIALS, byte_letters, load_tokenizer,
+                                 main, train_bpe, with_specials)
 
-POOLS = ("abcdefghij ", "  \n\t\r", "0123456789", "漢字かなカナ한", "éüßñ\u0301\u0308", "!?.,;:<>|▁｜/\\", "\u200b\u3000\xa0\ufeff",
-         "😀👩‍👩‍👧", "שלוםہिथ", "ⅣⅫ²³٣", "\x00\x07\ue000")
-WORDS = ("abc", "ing", " the", "tion", "ed", "er", "self", ".", "_", " in", "re", "\n    ", "return", "((", "))", "==", "3")
+POOLS = ("abcdefghij ", "  \n\t\r", "0123456789", "漢字かなカナ한", "éüßñ\u0301\u0308",
+         "!?.,;:<>|▁｜/\\", "\u200b\u3000\xa0\ufeff", "😀👩‍👩‍👧", "שלוםہिथ", "ⅣⅫ²³٣", "\x00\x07\ue000")
+WORDS = ("abc", "ing", " the", "tion", "ed", "er", "self", ".", "_", " in", "re", "\n    ", "return",
+         "((", "))", "==", "3")
 
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
-    mixed = ["".join(rng.choice(rng.choice(POOLS)) for _ in range(rng.randrange(60))) for _ in range(count)]
+    mixed = ["".join(rng.choice(rng.choice(POOLS)) for _ in range(rng.randrange(60)))
+             for _ in range(count)]
     return mixed + ["".join(rng.choices(WORDS, k=30)) for _ in range(count)]
 
 
@@ -48,20 +53,23 @@ def test_smaller_sizes_are_prefixes_and_digits_are_single():
     assert all(large.ranks[token] == rank for token, rank in small.ranks.items())
     assert len(small.ranks) == 1008 and len(large.ranks) == 4080
     assert small.encode("4-6+3=17") == [ord(sign) for sign in "4-6+3=17"]
-    assert not any(regex.search(r"\p{N}", token.decode("utf-8", "ignore")) and len(token) > 1 for token in large.ranks)
+    texts = [token.decode("utf-8", "ignore") for token in large.ranks if len(token) > 1]
+    assert not any(regex.search(r"\p{N}", text) for text in texts)
 
 
 def test_bytes_stream_through_a_broken_character_and_unknown_ids():
     tokenizer = load_tokenizer("plainseek:272")
     ids = tokenizer.encode("ü")
-    assert len(ids) == 2 and tokenizer.decode_bytes(ids[:1]) + tokenizer.decode_bytes(ids[1:]) == "ü".encode()
+    assert len(ids) == 2
+    assert tokenizer.decode_bytes(ids[:1]) + tokenizer.decode_bytes(ids[1:]) == "ü".encode()
     assert tokenizer.decode(ids[:1]) == "\ufffd"
     assert tokenizer.decode([*ids, 5000]) == "ü"  # an id of a padded vocabulary has no text
 
 
 def slow_bpe(texts: list[str], size: int) -> dict[bytes, int]:
     """Count all pairs anew for every merge; ties go to the smaller pair."""
-    words = [[bytes([b]) for b in word.encode()] for text in texts for word in regex.findall(PATTERN, text)]
+    words = [[bytes([b]) for b in word.encode()]
+             for text in texts for word in regex.findall(PATTERN, text)]
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < size:
         pairs = [pair for word in words for pair in zip(word, word[1:])]
@@ -79,9 +87,10 @@ def slow_bpe(texts: list[str], size: int) -> dict[bytes, int]:
 
 
 def test_trainer_equals_counting_everything_anew():
-    texts = ["the cat sat on the mat; the cats ate aaaa aaaaaaa abababab", "banana bandana cabana. über üben"]
+    texts = ["the cat sat on the mat; the cats ate aaaa aaaaaaa abababab",
+             "banana bandana cabana. über üben"]
     assert train_bpe(texts, 300) == slow_bpe(texts, 300)
-    assert train_bpe(texts, 10_000) == slow_bpe(texts, 10_000)  # ends when nothing is left to join
+    assert train_bpe(texts, 10_000) == slow_bpe(texts, 10_000)  # ends with nothing left to join
     assert len(train_bpe([], 300)) == 256
 
 
@@ -91,17 +100,30 @@ def test_trained_tokenizer_is_saved_and_read_again(tmp_path):
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
     assert again.ranks == ranks and again.specials == tokenizer.specials
-    assert [again.encode_trusted(text) for text in TEXTS] == [tokenizer.encode_trusted(text) for text in TEXTS]
+    for text in TEXTS:
+        assert again.encode_trusted(text) == tokenizer.encode_trusted(text), repr(text)
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_training_on_the_users_text_from_the_command_line(tmp_path):
-    from data.tokenizer import main
+def test_training_on_the_users_text_from_the_command_line(tmp_path, exit_code, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("some words, some more words\n\nand words again " * 50)
+    assert exit_code(main, text, 290, out) == 0
+    assert load_tokenizer(out).vocab_size == 290
+    assert "16 specials in" in capsys.readouterr().out
+    for argv in ((text, 12, out), (text, "x", out), (text, 290), ()):
+        assert exit_code(main, *argv) == 2
+        said = capsys.readouterr().err
+        assert "wanted: python -m data.text.tokenizer TEXTS SIZE DIRECTORY" in said
+        assert said.count("\n") == 1
+    assert exit_code(main, tmp_path / "nowhere", 290, out) == 2
+    assert "holds no text" in capsys.readouterr().err
 
-    (tmp_path / "text.txt").write_text("some words, some more words\n\nand words again " * 50)
-    assert main([str(tmp_path / "text.txt"), "290", str(tmp_path / "out")]) == 0
-    assert load_tokenizer(tmp_path / "out").vocab_size == 290
-    assert main([str(tmp_path / "text.txt"), "12", str(tmp_path / "out")]) == 2
+
+def test_a_tokenizer_that_cannot_be_saved_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write .*tokenizer.json"):
+        load_tokenizer("plainseek:300").save(tmp_path / "file")
 
 
 @pytest.mark.parametrize("name", ["plainseek:1024", "plainseek"])
@@ -109,39 +131,48 @@ def test_transformers_gives_the_same_ids(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(name)
     tokenizer.save(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')  # as it lies beside a checkpoint
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')  # as in a checkpoint
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == tokenizer.vocab_size
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
-    assert theirs.convert_tokens_to_ids(list(SPECIALS)) == [tokenizer.specials[token] for token in SPECIALS]
+    ids = [tokenizer.specials[token] for token in SPECIALS]
+    assert theirs.convert_tokens_to_ids(list(SPECIALS)) == ids
     for text in TEXTS:
-        assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode_trusted(text), repr(text)
-        assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == tokenizer.encode(text)
-    chat = theirs.apply_chat_template([{"role": "user", "content": "4-6="}], tokenize=False, add_generation_prompt=True)
+        trusted = theirs.encode(text, add_special_tokens=False)
+        plain = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+        assert trusted == tokenizer.encode_trusted(text), repr(text)
+        assert plain == tokenizer.encode(text), repr(text)
+    messages = [{"role": "user", "content": "4-6="}]
+    chat = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat == "<｜begin▁of▁sentence｜><｜User｜>4-6=<｜Assistant｜>"
 
 
 def deepseek_shaped(path):
-    """A small tokenizer.json in the form of DeepSeek-V3's: ids of specials first, three splits, merges in order."""
+    """A small tokenizer.json in the form of DeepSeek-V3's.
+
+    Ids of specials come first, there are three splits, and merges are in order.
+    """
     tokenizers = pytest.importorskip("tokenizers")
-    ranks = train_bpe([text for text in TEXTS if text] + ["hello world, 漢字漢字 12345 " * 20], 400, r"\s?\S+")
+    texts = [text for text in TEXTS if text] + ["hello world, 漢字漢字 12345 " * 20]
+    ranks = train_bpe(texts, 400, r"\s?\S+")
     letters = byte_letters()
     spell = lambda token: "".join(letters[byte] for byte in token)
-    vocab, merges = {"<｜begin▁of▁sentence｜>": 0, "<｜end▁of▁sentence｜>": 1, "<｜▁pad▁｜>": 2}, []
-    order = {token: rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
-    vocab |= {spell(token): 3 + i for i, token in enumerate(order)}
-    for token in list(order)[256:]:
+    order = sorted(ranks, key=ranks.get)
+    names = [*SPECIALS[:3], *map(spell, order)]
+    vocab, merges = {name: i for i, name in enumerate(names)}, []
+    for token in order[256:]:
         merges += [(spell(token[:i]), spell(token[i:])) for i in range(1, len(token))
-                   if token[:i] in order and token[i:] in order]
+                   if token[:i] in ranks and token[i:] in ranks]
     made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
     cjk = "[一-龥぀-ゟ゠-ヿ]+"
     words = (r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+|"""
              r""" ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""")
-    splits = [tokenizers.pre_tokenizers.Split(tokenizers.Regex(p), "isolated") for p in (r"\p{N}{1,3}", cjk, words)]
-    level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([*splits, level])
+    pre = tokenizers.pre_tokenizers
+    splits = [pre.Split(tokenizers.Regex(p), "isolated") for p in (r"\p{N}{1,3}", cjk, words)]
+    level = pre.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre.Sequence([*splits, level])
     made.decoder = tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>"])
+    made.add_special_tokens(list(SPECIALS[:5]))
     made.save(str(path))
     return made
 
@@ -149,22 +180,27 @@ def deepseek_shaped(path):
 def test_deepseeks_three_splits_in_one_pattern_give_its_ids(tmp_path):
     theirs = deepseek_shaped(tmp_path / "tokenizer.json")
     ours = load_tokenizer(tmp_path)
-    assert ours.pattern == DEEPSEEK_PATTERN and ours.bos_id == 0 and ours.vocab_size == theirs.get_vocab_size()
-    for text in [*TEXTS, *random_texts(1500, seed=1), "a1b22c333 4444漢5字 x漢y,z漢 ．漢", "  12  漢  \n 3"]:
+    assert ours.pattern == DEEPSEEK_PATTERN and ours.bos_id == 0
+    assert ours.vocab_size == theirs.get_vocab_size()
+    borders = ["a1b22c333 4444漢5字 x漢y,z漢 ．漢", "  12  漢  \n 3"]
+    for text in [*TEXTS, *random_texts(1500, seed=1), *borders]:
         assert ours.encode_trusted(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
     ours.save(tmp_path / "saved")  # the file goes on unchanged
-    assert (tmp_path / "saved" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    files = [(folder / "tokenizer.json").read_bytes() for folder in (tmp_path / "saved", tmp_path)]
+    assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("name, hint", [("plainseak", "did you mean 'plainseek'"), ("plainseek:77", "from 272 to 4096"),
-                                        ("plainseek:x", "from 272 to 4096"), ("nowhere/dir", "tokenizer.json")])
+@pytest.mark.parametrize("name, hint", [
+    ("plainseak", "did you mean 'plainseek'"), ("plainseek:77", "from 272 to 4096"),
+    ("plainseek:x", "from 272 to 4096"), ("nowhere/dir", "tokenizer.json")])
 def test_unknown_names_are_one_line(name, hint):
     with pytest.raises(UserError) as error:
         load_tokenizer(name)
     assert hint in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pre_tokenizer": null}', '{"pre_tokenizer": {"type": "Whitespace"}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"pre_tokenizer": null}',
+                                  '{"pre_tokenizer": {"type": "Whitespace"}}'])
 def test_foreign_tokenizer_files_are_one_line(text, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match="cannot be used"):
@@ -174,8 +210,6 @@ def test_foreign_tokenizer_files_are_one_line(text, tmp_path):
 def test_ids_out_of_merge_order_are_refused(tmp_path):
     load_tokenizer("plainseek:300").save(tmp_path)
     path = tmp_path / "tokenizer.json"
-    import json
-
     values = json.loads(path.read_text())
     values["model"]["merges"].reverse()
     path.write_text(json.dumps(values))
@@ -184,18 +218,19 @@ def test_ids_out_of_merge_order_are_refused(tmp_path):
 
 
 def test_a_tokenizer_that_must_be_downloaded_fails_with_an_offline_choice(monkeypatch):
-    import tiktoken
+    def fail(name):
+        raise ConnectionError("no network")
 
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: (_ for _ in ()).throw(ConnectionError("no network")))
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
     with pytest.raises(UserError, match="plainseek"):
         load_tokenizer("gpt2")
 
 
 def test_gpt2_keeps_its_ids_and_gets_our_specials(monkeypatch):
-    import tiktoken
-
     ranks = {bytes([b]): b for b in range(256)}
-    small = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
+    small = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
+                              special_tokens={"<|endoftext|>": 256})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small)
     tokenizer = load_tokenizer("gpt2")
-    assert tokenizer.specials["<|endoftext|>"] == 256 and tokenizer.bos_id == 257 and tokenizer.vocab_size == 273
+    assert tokenizer.specials["<|endoftext|>"] == 256
+    assert tokenizer.bos_id == 257 and tokenizer.vocab_size == 273

@@ -1,9 +1,9 @@
-"""train.py: the schedule, one step, the run folder, the command line."""
+"""train.py: the schedule, one step, runs that are resumed bit for bit, the command line."""
 
 import json
 import math
 import os
-import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,17 +14,19 @@ import pytest
 import torch
 
 import train
-from data import UserError
-from model import Config, Transformer, load_pretrained
-from train import Dist, Plan, RunFolder, TrainConfig, Trainer, lr_factor, make_optimizer, train_step
+from data.io.cli import UserError, parse_flags
+from data.io.run import RunFolder
+from model import Config, Transformer
+from tests.conftest import ROOT
+from train import Dist, Plan, TrainConfig, Trainer, lr_factor, make_optimizer, train_step
 
-ROOT = Path(__file__).parent.parent
 WORLD = Dist()
-SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, num_hidden_layers=2,
-             num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2, q_lora_rank=16,
-             kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16,
+             num_hidden_layers=2, num_attention_heads=2, n_routed_experts=8, num_experts_per_tok=2,
+             q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
              max_position_embeddings=64)
-STEP = dict(micro_batch=64, lr=1e-3, mtp_loss_weight=0.3, aux_loss_alpha=0.01, bias_update_speed=0.01)
+STEP = dict(micro_batch=64, lr=1e-3, mtp_loss_weight=0.3, aux_loss_alpha=0.01,
+            bias_update_speed=0.01)
 
 
 def small_model(**changes) -> Transformer:
@@ -62,16 +64,18 @@ class NoTokenizer:
 
 def trainer_in(path, loader=None, model=None, evals=None, **knobs) -> Trainer:
     config = TrainConfig(**(dict(steps=6, tokens_per_step=128, seq_len=16, eval_every=3) | knobs))
-    return Trainer(config, model or small_model(), NoTokenizer(), loader or Repeat(), RunFolder(path), WORLD, evals)
+    return Trainer(config, model or small_model(), NoTokenizer(), loader or Repeat(),
+                   RunFolder(path), WORLD, evals)
 
 
-# ------------------------------------------------------------------------------------------- schedules
+# ---------------------------------------------------------------------------------------- schedules
 
 
 def test_learning_rate_follows_the_closed_formula_of_v3():
-    config = TrainConfig(lr=2.2e-4, warmup_until=0.01, constant_until=0.68, cosine_until=0.97, cosine_to=0.1,
-                         final_from=0.99, final_to=0.033)
-    at = {done: lr_factor(done, config) for done in (0.005, 0.01, 0.5, 0.68, 0.825, 0.97, 0.98, 0.99, 1.0)}
+    config = TrainConfig(lr=2.2e-4, warmup_until=0.01, constant_until=0.68, cosine_until=0.97,
+                         cosine_to=0.1, final_from=0.99, final_to=0.033)
+    at = {done: lr_factor(done, config)
+          for done in (0.005, 0.01, 0.5, 0.68, 0.825, 0.97, 0.98, 0.99, 1.0)}
     assert at[0.005] == pytest.approx(0.5)
     assert at[0.01] == at[0.5] == at[0.68] == 1.0
     assert at[0.825] == pytest.approx((1 + 0.1) / 2)  # halfway down the cosine
@@ -97,7 +101,7 @@ def test_batch_ramp_and_weights_change_where_the_plan_says():
         Plan(config, world_size=3)
 
 
-# --------------------------------------------------------------------------------------------- one step
+# ----------------------------------------------------------------------------------------- one step
 
 
 def test_only_matrices_decay():
@@ -132,7 +136,8 @@ def masked(targets):
 
 @pytest.mark.parametrize("targets_of", [lambda y: y, masked])
 def test_four_micro_batches_are_one_big_batch(targets_of):
-    (whole, grads, model), (split, grads4, model4) = gradients(8, targets_of), gradients(2, targets_of)
+    whole, grads, model = gradients(8, targets_of)
+    split, grads4, model4 = gradients(2, targets_of)
     for name in ("ce", "mtp", "balance", "total", "grad_norm"):
         assert split[name] == pytest.approx(whole[name], rel=1e-5), name
     for a, b in zip(grads, grads4):
@@ -141,7 +146,6 @@ def test_four_micro_batches_are_one_big_batch(targets_of):
     for (_, a), (_, b) in zip(model.moe_layers(), model4.moe_layers()):
         assert a.gate.e_score_correction_bias.abs().sum() > 0
         assert torch.equal(a.gate.e_score_correction_bias, b.gate.e_score_correction_bias)
-        assert a.gate.counts.sum() == 0
 
 
 def test_losses_of_a_step_are_the_models_own_means_and_their_weighted_sum():
@@ -187,12 +191,14 @@ def test_gradient_is_clipped():
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = [p.detach().clone() for p in model.parameters()]
-    result = train_step(model, optimizer, *random_batch(), WORLD, **(STEP | dict(lr=1.0, clip=0.01)))
-    moved = math.sqrt(sum(float((a - p).detach().pow(2).sum()) for a, p in zip(before, model.parameters())))
+    knobs = STEP | dict(lr=1.0, clip=0.01)
+    result = train_step(model, optimizer, *random_batch(), WORLD, **knobs)
+    squares = [(a - p).detach().pow(2).sum() for a, p in zip(before, model.parameters())]
+    moved = math.sqrt(sum(map(float, squares)))
     assert result["grad_norm"] > 0.01 and moved == pytest.approx(0.01, rel=1e-3)
 
 
-# ----------------------------------------------------------------------------------- run folder, resume
+# ------------------------------------------------------------------------------- run folder, resume
 
 
 def assert_same_state(a: Path, b: Path):
@@ -216,9 +222,9 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert whole.run()
     half = trainer_in(tmp_path / "half")
     half.folder.start({})
-    half.folder.log(half.row({"step": 0, "tokens": 0}))
+    half.folder.log({"step": 0, "tokens": 0}, half.columns)
     for _ in range(4):
-        half.folder.log(half.row(half.advance()))
+        half.folder.log(half.advance(), half.columns)
         if half.step == 3:
             half.save()  # step 4 is in the log and lost
     torch.manual_seed(99)
@@ -230,80 +236,62 @@ def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path):
     assert [row["step"] for row in untimed(tmp_path / "half")] == [str(step) for step in range(7)]
 
 
-def test_a_log_row_cut_short_is_dropped(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.log({"step": 1, "ce": 2.5})
-    with open(folder.log_path, "a") as file:
-        file.write("2,1.")
-    assert folder.rows() == [{"step": "1", "ce": "2.5"}]
-
-
-def test_failed_save_leaves_the_earlier_state(tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path)
-    folder.start({"lr": 1})
-    folder.save({"w": torch.ones(3)}, {"step": 1})
-
-    def full_disk(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(train, "save_file", full_disk)
-    with pytest.raises(UserError, match="No space left"):
-        folder.save({"w": torch.zeros(3)}, {"step": 2})
-    tensors, notes = folder.resume({"lr": 1})
-    assert notes == {"step": 1} and torch.equal(tensors["w"], torch.ones(3))
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_resume_refuses_nothing_rubbish_and_another_config(tmp_path):
-    folder = RunFolder(tmp_path / "run")
-    with pytest.raises(UserError, match="nothing to resume"):
-        folder.resume({})
-    folder.start({"lr": 1, "device": "cpu"})
-    with pytest.raises(UserError, match="nothing to resume"):
-        folder.resume({"lr": 1})
-    folder.save({"w": torch.ones(1)}, {"step": 1})
-    with pytest.raises(UserError, match="lr was 1, is 2"):
-        folder.resume({"lr": 2, "device": "cuda"})
-    folder.state_path.write_bytes(folder.state_path.read_bytes()[:-2])
-    with pytest.raises(UserError, match="cannot be read"):
-        folder.resume({"lr": 1})
-    with pytest.raises(UserError, match="--overwrite"):
-        folder.start({"lr": 1})
-
-
 def test_pictures_are_drawn(tmp_path):
-    evals = {f"{split}_{domain}": [random_batch()] for split in ("val", "train") for domain in ("code", "tales")}
+    evals = {f"{split}_{domain}": [random_batch()]
+             for split in ("val", "train") for domain in ("code", "tales")}
     run = trainer_in(tmp_path, evals=evals)
     run.folder.start({})
     run.run()
     for name in ("loss", "expert_load", "expert_domains"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert load_pretrained(tmp_path).config == run.model.config
+    assert Transformer.from_pretrained(tmp_path).config == run.model.config
     last = RunFolder(tmp_path).rows()[-1]
-    assert float(last["val_code"]) == pytest.approx(run.latest["val_code"], rel=1e-5) and last["val_mtp"]
+    assert float(last["val_code"]) == pytest.approx(run.latest["val_code"], rel=1e-5)
+    assert last["val_mtp"]
 
 
-def test_evaluation_disturbs_neither_bias_nor_counts(tmp_path):
+def test_evaluation_disturbs_nothing(tmp_path):
     run = trainer_in(tmp_path, evals={"val_code": [random_batch()]})
     run.advance()
     state = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     run.evaluate()
-    assert run.model.training and all(torch.equal(state[k], v) for k, v in run.model.state_dict().items())
-    assert all(moe.gate.counts.sum() == 0 for _, moe in run.model.moe_layers())
+    assert run.model.training
+    assert all(torch.equal(state[name], tensor) for name, tensor in run.model.state_dict().items())
 
 
-# ---------------------------------------------------------------------------------------- command line
+def test_snapshots_keep_the_weights_of_earlier_steps(tmp_path):
+    run = trainer_in(tmp_path, snapshots=[0.5, 1.0])
+    run.folder.start({})
+    run.run()
+    assert sorted(path.name for path in tmp_path.glob("at-*")) == ["at-050", "at-100"]
+    early, late, last = ((tmp_path / name / "model.safetensors").read_bytes()
+                         for name in ("at-050", "at-100", "."))
+    assert early != late == last and (tmp_path / "at-050" / "config.json").exists()
+
+
+@pytest.mark.parametrize("precision, dtype", [("auto", torch.float32), ("fp32", torch.float32),
+                                              ("bf16", torch.bfloat16), ("fp8", torch.bfloat16)])
+def test_precision_of_activations_on_a_cpu(precision, dtype):
+    model = small_model()
+    told = train.use_precision(model, precision, "fused")
+    assert model.compute_dtype == dtype
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert told.startswith(f"precision   {'fp32' if precision == 'auto' else precision}\nkernels ")
+    assert model(*random_batch())["ce"].isfinite()
+
+
+# ------------------------------------------------------------------------------------- command line
 
 
 def command(*flags, cwd, **options):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=cwd, text=True, **options,
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *flags], cwd=cwd, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+                            stderr=subprocess.PIPE, **options)
 
 
-QUICK = ["--device", "cpu", "--tokens_per_step", "512", "--seq_len", "32", "--eval_tokens", "256", "--data", "text",
-         "--precision", "fp32", "--set", "hidden_size=32", "moe_intermediate_size=16", "num_hidden_layers=2"]
+QUICK = shlex.split(
+    "--device cpu --tokens_per_step 512 --seq_len 32 --eval_tokens 256 --data text --precision fp32 "
+    "--set hidden_size=32 moe_intermediate_size=16 num_hidden_layers=2")
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +299,8 @@ def workplace(tmp_path_factory):
     path = tmp_path_factory.mktemp("work")
     (path / "text").mkdir()
     for i in range(40):
-        (path / "text" / f"{i}.txt").write_text(f"Tale {i}. " + "The quick brown fox jumps over a dog. " * 60)
+        text = f"Tale {i}. " + "The quick brown fox jumps over a dog. " * 60
+        (path / "text" / f"{i}.txt").write_text(text)
     return path
 
 
@@ -365,8 +354,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(workplace):
     (["--out", "/proc/none"], "/proc/none"),
     (["--init_from", "nowhere"], "nowhere"),
     (["--device", "cuda"], "cuda"),
+    (["--keep", "0.1"], "--keep is now --snapshots"),
+    (["--bench"], "--bench is now python -m tests.bench.train"),
+    (["--data", "examples:nowhere.jsonl"], "nowhere.jsonl"),
 ])
-def test_bad_input_is_one_line_and_exit_code_2(flags, told, tmp_path, monkeypatch, capsys, exit_code):
+def test_bad_input_is_one_line_and_code_2(flags, told, tmp_path, monkeypatch, capsys, exit_code):
     if "cuda" in flags and torch.cuda.is_available():
         pytest.skip("this machine has cuda")
     monkeypatch.chdir(tmp_path)
@@ -374,21 +366,15 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, told, tmp_path, monkeypatc
     assert code == 2 and error.startswith("error: ") and told in error and error.count("\n") == 1
 
 
+def test_a_preset_brings_its_knobs_and_a_flag_wins():
+    for name, knobs in train.PRESET_KNOBS.items():
+        config = parse_flags(TrainConfig, ["--preset", name, "--steps", "7"], "",
+                             presets={"preset": train.PRESET_KNOBS})
+        assert vars(config).items() >= (knobs | {"preset": name, "steps": 7}).items()
+
+
 def test_help_lists_every_knob(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in TrainConfig.__dataclass_fields__)
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps") or platform.libc_ver()[0] != "glibc", reason="not glibc")
-def test_programs_keep_the_memory_that_they_freed():
-    """A large block comes from the heap, and comes again: no page of it is asked for twice."""
-    code = ("import ctypes\nfrom data import keep_freed_memory\n{}\n"
-            "libc = ctypes.CDLL('libc.so.6')\nlibc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]\n"
-            "place = libc.malloc(1 << 26)\nlibc.free(place)\n"
-            "heap = next(line for line in open('/proc/self/maps') if '[heap]' in line).split()[0].split('-')\n"
-            "print(int(heap[0], 16) <= place and place + (1 << 26) <= int(heap[1], 16))")
-    told = {line: subprocess.run([sys.executable, "-c", code.format(line)], capture_output=True, text=True).stdout
-            for line in ("keep_freed_memory()", "")}
-    assert told == {"keep_freed_memory()": "True\n", "": "False\n"}

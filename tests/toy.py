@@ -1,10 +1,10 @@
-"""Tasks that a model with random weights solves now and then; `toy:Letters` on the command line."""
+"""Tasks that a model with random weights solves now and then: `--task tests.toy:Letters`."""
 
 import os
 import signal
 from pathlib import Path
 
-from data.tasks import Problem, Task
+from data.tasks.task import Problem, Task
 
 
 class Letters(Task):

@@ -1,0 +1,1 @@
+"""What passes between a program and the world: flags, checkpoints, run folders, pictures."""

@@ -1,0 +1,1 @@
+"""Text: files and downloads (files.py), corpora as token files (corpus.py), batches (loader.py), tokenizer.py."""

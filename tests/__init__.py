@@ -1,0 +1,1 @@
+"""What the project promises, as tests; `bench` measures it and `claims` repeats its studies."""

@@ -1,0 +1,1 @@
+"""Studies to repeat, `python -m tests.claims.NAME`; README.md has what came out."""
