@@ -11,16 +11,14 @@ everywhere in this repository (in brackets the papers' own symbol where it is an
     E   routed experts (N_r)     K   experts per token (K_r)      L   layers (l)
     Q   questions (RL)           G   answers to each (RL)
 
-In this order: Config, small modules, rotary positions, cache, attention, router, experts, block,
-MTP, transformer; then what sizes may be, and what they cost.
+In this order: Config, norm and FFN, rotary positions, cache, attention, experts, transformer, cost.
 
-    python model.py v3          the self-portrait of a preset or of a checkpoint directory
+    python model.py v3      the self-portrait of a preset or of a checkpoint directory
 """
 
 import copy
 import math
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,59 +29,64 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from data.io import checkpoint
 from data.io.cli import Knobs, UserError, knob, nearest, run_main
-from data.io.portrait import parameter_counts, portrait
+from data.io.portrait import check_memory, parameter_counts, portrait
 from kernels import IGNORE, Kernels, at_least_float32, choose
 
 
 @dataclass(frozen=True)
 class Config(Knobs):
-    """Every size and switch of the architecture; the defaults are V3's.
+    """Every size and switch of the architecture, V3's by default. Raises UserError where they clash."""
 
-    >>> Config.preset("tiny").q_lora_rank < Config.preset("tiny").hidden_size
-    True
+    vocab_size: int = knob(129280, "V", least=1)
+    hidden_size: int = knob(7168, "C", least=1)
+    intermediate_size: int = knob(18432, "F of the dense layers", least=1)
+    num_hidden_layers: int = knob(61, "L", least=1)
+    max_position_embeddings: int = knob(4096, "the longest text", least=1)
+    rms_norm_eps: float = knob(1e-6, "of the norms in blocks", least=0)
+    initializer_range: float = knob(0.006, "in presets about 0.5 / sqrt(hidden_size)", least=0)
+    bos_token_id: int = knob(0, "begins a document", least=0)
+    eos_token_id: int = knob(1, "ends a text", least=0)
 
-    Raises UserError when sizes do not fit together.
-    """
-
-    vocab_size: int = 129280  # V
-    hidden_size: int = 7168  # C
-    intermediate_size: int = 18432  # F of the dense layers
-    num_hidden_layers: int = 61  # L
-    max_position_embeddings: int = 4096  # the longest text
-    rms_norm_eps: float = 1e-6
-    initializer_range: float = 0.006  # every preset has about 0.5 / sqrt(hidden_size)
-    bos_token_id: int = 0
-    eos_token_id: int = 1
-
-    num_attention_heads: int = 128  # H
-    q_lora_rank: int | None = 1536  # None: queries straight from the hidden state
-    kv_lora_rank: int = 512  # R
-    qk_nope_head_dim: int = 128  # D
-    qk_rope_head_dim: int = 64  # P
-    v_head_dim: int = 128  # Dv
+    num_attention_heads: int = knob(128, "H", least=1)
+    q_lora_rank: int | None = knob(1536, "None: queries straight from the hidden state", least=1)
+    kv_lora_rank: int = knob(512, "R", least=1)
+    qk_nope_head_dim: int = knob(128, "D", least=1)
+    qk_rope_head_dim: int = knob(64, "P", least=1)
+    v_head_dim: int = knob(128, "Dv", least=1)
     attention_bias: bool = False
 
-    rope_theta: float = 10000.0
-    rope_factor: float = 1.0  # YaRN's s; 1 is plain RoPE
-    rope_original_max_position_embeddings: int = 4096
-    rope_beta_fast: float = 32.0
-    rope_beta_slow: float = 1.0
-    rope_mscale: float = 1.0
-    rope_mscale_all_dim: float = 1.0
+    rope_theta: float = knob(10000.0, "base of the angles", above=1)
+    rope_factor: float = knob(1.0, "YaRN's s; 1 is plain RoPE", least=1)
+    rope_original_max_position_embeddings: int = knob(4096, "the context before YaRN", least=1)
+    rope_beta_fast: float = knob(32.0, "pairs with more turns stay as they are", least=0)
+    rope_beta_slow: float = knob(1.0, "pairs with fewer are slowed by s", least=0)
+    rope_mscale: float = knob(1.0, "see yarn_mscale", least=0)
+    rope_mscale_all_dim: float = knob(1.0, "see yarn_mscale", least=0)
 
-    first_k_dense_replace: int = 3  # so many layers at the beginning have no experts
-    n_routed_experts: int = 256  # E
-    num_experts_per_tok: int = 8  # K
-    n_shared_experts: int = 1
-    moe_intermediate_size: int = 2048  # F of an expert
-    n_group: int = 8
-    topk_group: int = 4  # groups that a token may go to
-    scoring_func: str = knob("sigmoid", "softmax: V2", choices=("sigmoid", "softmax"))
-    topk_method: str = knob("noaux_tc", "V3: bias, groups by their top 2; V2: groups by their best; V2-Lite",
+    first_k_dense_replace: int = knob(3, "layers at the beginning without experts", least=0)
+    n_routed_experts: int = knob(256, "E", least=1)
+    num_experts_per_tok: int = knob(8, "K", least=1)
+    n_shared_experts: int = knob(1, "seen by every token", least=0)
+    moe_intermediate_size: int = knob(2048, "F of an expert", least=1)
+    n_group: int = knob(8, "groups of consecutive experts", least=1)
+    topk_group: int = knob(4, "groups that a token may go to", least=1)
+    scoring_func: str = knob("sigmoid", "of the affinities; softmax: V2", choices=("sigmoid", "softmax"))
+    topk_method: str = knob("noaux_tc", "V3, V2, V2-Lite: see Router.choose",
                             choices=("noaux_tc", "group_limited_greedy", "greedy"))
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 2.5
-    num_nextn_predict_layers: int = 1  # MTP modules
+    routed_scaling_factor: float = knob(2.5, "of the gates", least=0)
+    num_nextn_predict_layers: int = knob(1, "MTP modules", least=0)
+
+    def rules(self):
+        """What fields ask of each other: (field, what is wanted, whether it is met)."""
+        E, K, groups = self.n_routed_experts, self.num_experts_per_tok, self.n_group
+        yield "qk_rope_head_dim", "an even number (pairs are rotated)", self.qk_rope_head_dim % 2 == 0
+        yield "n_group", f"a divisor of n_routed_experts = {E}", E % groups == 0
+        yield "topk_group", f"at most n_group = {groups}", self.topk_group <= groups
+        room = self.topk_group * (E // groups)
+        yield "num_experts_per_tok", f"at most {room}, the experts in topk_group groups", K <= room
+        has_two = groups == 1 or self.topk_method != "noaux_tc" or E // groups >= 2
+        yield "n_group", "at least 2 experts per group (groups score by their top 2)", has_two
 
     def is_moe(self, layer: int) -> bool:
         """Whether this layer has experts: all but the first ones, and always the MTP modules."""
@@ -91,27 +94,10 @@ class Config(Knobs):
 
     @classmethod
     def preset(cls, name: str, **changes) -> "Config":
-        """A file of data/presets/ with changes on top. Raises UserError for an unknown name or key."""
-        values = checkpoint.load_preset(name)
-        for key in changes:
-            if key not in cls.__dataclass_fields__:
-                raise UserError(f"config: no key {key!r}{nearest(key, cls.__dataclass_fields__)}")
-        return cls(**(values | changes))
-
-    @classmethod
-    def read(cls, directory: str | Path) -> "Config":
-        """The Config of a checkpoint directory. Raises UserError when there is none that we can run."""
-        values = checkpoint.load_config(directory)
-        try:
-            return cls(**values)
-        except UserError as error:
-            raise UserError(f"{directory}/config.json: {error}") from None
-
-    def rules(self):
-        return rules_of_sizes(self)
-
-
-# ---------------------------------------------------------------------------------- small modules
+        """A file of data/presets/, changed. Raises UserError for an unknown name or key."""
+        for key in changes.keys() - cls.__dataclass_fields__.keys():
+            raise UserError(f"config: no key {key!r}{nearest(key, cls.__dataclass_fields__)}")
+        return cls(**(checkpoint.load_preset(name) | changes))
 
 
 class RMSNorm(nn.Module):
@@ -129,7 +115,7 @@ class RMSNorm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """A product whose weight follows the dtype of its input: masters stay float32, activations may be bf16."""
+    """A product in the dtype of its input: the weight stays float32, activations may be bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -158,9 +144,8 @@ class MLP(nn.Module):
 def rope_frequencies(config: Config, device=None) -> Tensor:
     """Angle per position of each rotated pair, (P/2,) float32: `theta^(-2i/P)`, stretched by YaRN.
 
-    Pairs that turn more than `beta_fast` times within the original context stay, pairs that turn
-    less than `beta_slow` times are slowed by `rope_factor`, the ones between are blended (V3
-    section 4.3).
+    Pairs with more than `beta_fast` turns within the original context stay, pairs with less than
+    `beta_slow` turns are slowed by `rope_factor`, those between are blended (V3 section 4.3).
     """
     P, theta, factor = config.qk_rope_head_dim, config.rope_theta, config.rope_factor
     pair = torch.arange(0, P, 2, dtype=torch.float32, device=device)  # (P/2,)
@@ -204,41 +189,39 @@ def rotations(config: Config, frequencies: Tensor, positions: Tensor) -> Tensor:
 class Cache:
     """What decoding keeps of the past: one normed latent and one rotated key per token and layer.
 
-    Side by side in `buffer` (L, B, capacity, R+P), so the cache has exactly `(R + P) * L` numbers
-    per token. `length` (B,) counts the tokens of each row. The model writes behind `length` and
-    never moves it: the caller calls `advance`.
+    Side by side in `buffer` (L, B, capacity, R+P): exactly `(R + P) * L` numbers per token. The
+    model writes behind `length` (B,), the tokens of each row; the caller moves it by `advance`.
     """
 
     def __init__(self, config: Config, batch: int, capacity: int, device=None, dtype=torch.float32):
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        layers = config.num_hidden_layers
-        self.buffer = torch.zeros(layers, batch, capacity, width, device=device, dtype=dtype)
+        L, width = config.num_hidden_layers, config.kv_lora_rank + config.qk_rope_head_dim
+        self.buffer = torch.zeros(L, batch, capacity, width, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         self.longest = 0  # of length, kept on the host so that layers need not wait for the device
         self.capacity = capacity
 
-    def positions(self, T: int) -> Tensor:
-        """Where T more tokens of each row go, (B, T) int64."""
-        return self.length.unsqueeze(1) + torch.arange(T, device=self.length.device)
+    def begin(self, T: int) -> Tensor:
+        """Begin a pass over T more tokens of each row: their positions, (B, T) int64.
 
-    def visible(self, T: int) -> int:
-        """S, the keys shown to T more tokens: up to the longest row, and over it to a multiple of 32,
-        since libraries prepare products anew for every size that they have not seen."""
+        `shown` becomes S, the keys that the pass may see: up to the longest row, and over it to a
+        multiple of 32, since libraries prepare products anew for every size not yet seen.
+        """
         end = self.longest + T
-        return min(end + -end % 32, self.capacity)
+        self.shown = min(end + -end % 32, self.capacity)
+        self.rows = torch.arange(len(self.length), device=self.length.device).unsqueeze(1)  # (B, 1)
+        self.positions = self.length.unsqueeze(1) + torch.arange(T, device=self.length.device)
+        return self.positions
 
     def write(self, layer: int, latent: Tensor) -> Tensor:
-        """Store latent (B, T, R+P) behind each row's `length`; returns the keys shown, (B, S, R+P)."""
-        B, T, _ = latent.shape
-        rows = torch.arange(B, device=latent.device).unsqueeze(1)  # (B, 1)
-        self.buffer[layer, rows, self.positions(T)] = latent.to(self.buffer.dtype)
-        return self.buffer[layer, :, : self.visible(T)]
+        """Store latent (B, T, R+P) where the pass goes; returns the keys shown, (B, S, R+P)."""
+        held = self.buffer[layer]  # (B, capacity, R+P)
+        held[self.rows, self.positions] = latent.to(held.dtype)
+        return held[:, : self.shown]
 
     def advance(self, tokens: int | Tensor) -> None:
         """Accept `tokens` more: one number for all rows, or (B,) for rows of unequal prompts."""
         self.length = self.length + tokens
-        is_alike = isinstance(tokens, int)
-        self.longest = self.longest + tokens if is_alike else int(self.length.max())
+        self.longest = self.longest + tokens if isinstance(tokens, int) else int(self.length.max())
 
     def select(self, rows: Tensor) -> "Cache":
         """A cache of the given rows, (n,) int64; a row may come several times."""
@@ -256,10 +239,10 @@ class Attention(nn.Module):
     """Multi-head latent attention (V2 section 2.1, V3 eqs 1-11).
 
     Keys and values of all heads come out of one latent of R numbers per token, `c_kv`. Rotated, it
-    could not be absorbed, so position is decoupled (V2 section 2.1.3): `k_pe`, one rotated key that
-    the heads share, stands beside it. Two ways to the same result: `expanded` forms keys and values
-    per head (cheaper for many queries), `absorbed` moves their weights to the query and output
-    side, so that decoding reads the cached latents as they are.
+    could not be absorbed, so position is decoupled (V2 section 2.1.3): one rotated key, `k_pe`, for
+    all heads. Two ways to the same result: `expanded` forms keys and values per head (cheaper for
+    many queries), `absorbed` moves their weights to query and output, so that decoding reads the
+    cached latents as they are.
     """
 
     def __init__(self, config: Config, layer: int):
@@ -279,16 +262,12 @@ class Attention(nn.Module):
         self.kv_a_layernorm = RMSNorm(R, 1e-6)
         self.kv_b_proj = Linear(R, H * (D + Dv), bias=False)
         self.o_proj = Linear(H * Dv, C, bias=bias)
-        # YaRN scales q and k by m each, so the logits by m squared
-        self.scale = (D + P) ** -0.5 * yarn_mscale(config.rope_factor, config.rope_mscale_all_dim) ** 2
+        m = yarn_mscale(config.rope_factor, config.rope_mscale_all_dim)  # of q and of k, hence squared
+        self.scale = (D + P) ** -0.5 * m**2
 
     def forward(self, h: Tensor, freqs_cis: Tensor, mask: Tensor | None = None,
                 cache: Cache | None = None) -> Tensor:
-        """h (B, T, C) -> (B, T, C).
-
-        freqs_cis (1 or B, T, 1, P/2); mask (B, T, S) bool, True where a query sees a key, None for
-        plain causality.
-        """
+        """h (B, T, C) -> (B, T, C); the others are those of `Transformer.freqs_and_mask`."""
         q_nope, q_pe = self.queries(h, freqs_cis)  # (B, T, H, D), (B, T, H, P)
         latent = self.latents(h, freqs_cis)  # (B, T, R+P)
         if cache is not None:
@@ -300,10 +279,7 @@ class Attention(nn.Module):
         return self.o_proj(o.flatten(2))  # o (B, T, H, Dv)
 
     def queries(self, h: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
-        """`c_Q = W_DQ h; q_nope = W_UQ c_Q; q_pe = RoPE(W_QR c_Q)` (V3 eqs 6-9).
-
-        Returns (B, T, H, D) and, decoupled from it and rotated, (B, T, H, P).
-        """
+        """`c_Q = W_DQ h; q_nope = W_UQ c_Q; q_pe = RoPE(W_QR c_Q)`, decoupled (V3 eqs 6-9)."""
         config = self.config
         if config.q_lora_rank is None:
             q = self.q_proj(h)
@@ -311,20 +287,17 @@ class Attention(nn.Module):
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(h)))
         q = q.unflatten(-1, (config.num_attention_heads, -1))  # (B, T, H, D+P)
         q_nope, q_pe = q.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        return q_nope, self.ops.apply_rope(q_pe, freqs_cis)
+        return q_nope, self.ops.apply_rope(q_pe, freqs_cis)  # (B, T, H, D), (B, T, H, P)
 
     def latents(self, h: Tensor, freqs_cis: Tensor) -> Tensor:
-        """`[c_kv ; k_pe]` (V3 eqs 1 and 3), (B, T, R+P): the latent normed, the decoupled key rotated.
-
-        These R+P numbers are all that is cached of a token. The norm covers the latent only.
-        """
+        """`[c_kv ; k_pe]` (V3 eqs 1 and 3), (B, T, R+P): the latent normed, the key rotated."""
         ranks = (self.config.kv_lora_rank, self.config.qk_rope_head_dim)
         c_kv, k_pe = self.kv_a_proj_with_mqa(h).split(ranks, dim=-1)  # (B, T, R), (B, T, P)
         k_pe = self.ops.apply_rope(k_pe.unsqueeze(2), freqs_cis).squeeze(2)  # (B, T, P)
         return torch.cat((self.kv_a_layernorm(c_kv), k_pe), dim=-1)
 
     def expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, mask: Tensor | None) -> Tensor:
-        """Keys and values per head, `[k_nope ; v] = W_UKV c_kv` (V3 eqs 2 and 5); T queries on T keys."""
+        """`[k_nope ; v] = W_UKV c_kv`, keys and values per head (V3 eqs 2 and 5); T keys."""
         config = self.config
         c_kv, k_pe = latent.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         kv = self.kv_b_proj(c_kv).unflatten(-1, (config.num_attention_heads, -1))  # (B, T, H, D+Dv)
@@ -332,13 +305,14 @@ class Attention(nn.Module):
         return self.ops.causal_attention(q_nope, q_pe, k_nope, k_pe, v, self.scale, mask)
 
     def absorbed(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, mask: Tensor) -> Tensor:
-        """`W_UK` moves into the query, `W_UV` behind the sum (V2 section 2.1.2); T queries on S latents.
+        """`W_UK` moves into the query, `W_UV` behind the sum (V2 section 2.1.2); S latents.
 
         `q_nope . (W_UK c_kv) = (W_UK^T q_nope) . c_kv`, so no key or value is ever formed.
         """
         config = self.config
-        weight = self.kv_b_proj.weight.to(latent.dtype).unflatten(0, (config.num_attention_heads, -1))
-        w_uk, w_uv = weight.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)  # (H, D or Dv, R)
+        weight = self.kv_b_proj.weight.to(latent.dtype)  # (H * (D+Dv), R)
+        weight = weight.unflatten(0, (config.num_attention_heads, -1))  # (H, D+Dv, R)
+        w_uk, w_uv = weight.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
         q_latent = torch.einsum("bthd,hdr->bthr", q_nope, w_uk)
         z = self.ops.latent_attention(q_latent, q_pe, latent, mask, self.scale)  # (B, T, H, R)
         return torch.einsum("bthr,hvr->bthv", z, w_uv)  # v: Dv
@@ -357,10 +331,7 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Affinities, the choice of K experts, and their gates (V3 eqs 12-16; V2 section 2.2 for softmax).
-
-    `e_score_correction_bias` takes part in choosing and nowhere else.
-    """
+    """Affinities, choice of K experts, gates (V3 eqs 12-16; softmax: V2 2.2). The bias only chooses."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -370,7 +341,7 @@ class Router(nn.Module):
             self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))
 
     def forward(self, u: Tensor, replay: Tensor | None = None) -> Routing:
-        """u (B, T, C). `replay` (B, T, K) forces the experts (V3.2's keep routing); gates stay live."""
+        """u (B, T, C). `replay` (B, T, K) forces the experts (V3.2's keep routing), not the gates."""
         dtype = at_least_float32(u.dtype)  # near ties flip in bf16, so the router never runs in it
         logits = F.linear(u.to(dtype), self.weight.to(dtype))  # (B, T, E)
         affinity = logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(-1)
@@ -381,35 +352,34 @@ class Router(nn.Module):
         return Routing(topk_idx, gates * self.config.routed_scaling_factor, affinity)
 
     def choose(self, affinity: Tensor) -> Tensor:
-        """The K best experts by affinity + bias within the best groups: (B, T, E) -> (B, T, K)."""
+        """The K best experts by affinity + bias within the best groups: (B, T, E) -> (B, T, K).
+
+        A group is as good as its two best experts (V3) or its best one (V2, which has no bias);
+        V2-Lite has neither bias nor groups.
+        """
         config = self.config
-        scores = affinity
-        if config.topk_method == "noaux_tc":
-            scores = affinity + self.e_score_correction_bias.to(affinity.dtype)
+        is_v3 = config.topk_method == "noaux_tc"
+        scores = affinity + self.e_score_correction_bias if is_v3 else affinity
         if config.topk_method != "greedy" and config.n_group > 1:
             grouped = scores.unflatten(-1, (config.n_group, -1))  # (B, T, groups, E/groups)
-            if config.topk_method == "noaux_tc":
-                group_score = grouped.topk(2, dim=-1).values.sum(-1)  # V3: sum of the two best
-            else:
-                group_score = grouped.amax(-1)  # V2: the best
-            kept = group_score.topk(config.topk_group, dim=-1, sorted=False).indices
-            dropped = torch.ones_like(group_score, dtype=torch.bool).scatter_(-1, kept, False)
+            worth = grouped.topk(2, dim=-1).values.sum(-1) if is_v3 else grouped.amax(-1)
+            kept = worth.topk(config.topk_group, dim=-1, sorted=False).indices
+            dropped = torch.ones_like(worth, dtype=torch.bool).scatter_(-1, kept, False)
             scores = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
         return scores.topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
 
     @torch.no_grad()
     def update_bias(self, load: Tensor, speed: float) -> None:
-        """`b_i += speed * sign(mean(c) - c_i)` (LF algorithm 1): idle experts become likelier, full ones less.
+        """`b_i += speed * sign(mean(c) - c_i)` (LF algorithm 1): idle experts become likelier.
 
-        load (E,) is c, the tokens that each expert got in one optimizer step, from all ranks
-        together.
+        load (E,) is c, the tokens that each expert got in one optimizer step, over all ranks.
         """
         if self.config.topk_method == "noaux_tc":
             self.e_score_correction_bias += speed * torch.sign(load.mean() - load)
 
 
 def expert_load(topk_idx: Tensor, is_counted: Tensor, experts: int) -> Tensor:
-    """How many tokens each expert got where `is_counted` (B, T): topk_idx (B, T, K) -> (E,) float32."""
+    """Tokens that each expert got where `is_counted` (B, T): topk_idx (B, T, K) -> (E,) float32."""
     weight = is_counted.unsqueeze(-1).expand_as(topk_idx).flatten().float()  # (B*T*K,)
     return weight.new_zeros(experts).scatter_add_(0, topk_idx.flatten(), weight)
 
@@ -418,13 +388,13 @@ def balance_loss(routing: Routing, is_counted: Tensor) -> Tensor:
     """Sequence-wise balance loss without its factor, (B,) (V3 eqs 17-20): `sum_i f_i P_i`.
 
     `f_i = E/(K T) sum_t 1[s_it among the K largest s_t]` has no gradient, `P_i = mean_t s_it /
-    sum_j s_jt` has. It is 1 when the affinities are uniform. `is_counted` (B, T) leaves out
-    padding.
+    sum_j s_jt` has; 1 when affinities are uniform. `is_counted` (B, T) leaves out padding.
     """
     E, K = routing.affinity.shape[-1], routing.topk_idx.shape[-1]
     weight = is_counted.unsqueeze(-1).to(routing.affinity.dtype)  # (B, T, 1)
     tokens = weight.sum(1).clamp(min=1)  # (B, 1)
-    top = routing.affinity.detach().topk(K, dim=-1, sorted=False).indices  # (B, T, K), unbiased as in eq 18
+    # as in eq 18 of the affinity without the bias, so these need not be the chosen ones
+    top = routing.affinity.detach().topk(K, dim=-1, sorted=False).indices  # (B, T, K)
     hits = torch.zeros_like(routing.affinity).scatter_(-1, top, weight.expand_as(top).contiguous())
     f = hits.sum(1) * E / (K * tokens)  # (B, E)
     share = routing.affinity / (routing.affinity.sum(-1, keepdim=True) + 1e-20)  # (B, T, E)
@@ -433,7 +403,7 @@ def balance_loss(routing: Routing, is_counted: Tensor) -> Tensor:
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer in two stacked weights; the checkpoint has one pair per expert."""
+    """All routed experts of a layer in two stacked weights; checkpoints have each one apart."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -443,8 +413,8 @@ class Experts(nn.Module):
 
     def forward(self, u: Tensor, routing: Routing) -> Tensor:
         """u (B, T, C) -> (B, T, C)."""
-        y = self.ops.expert_ffn(u.flatten(0, 1), self.gate_up_proj, self.down_proj,
-                                routing.topk_idx.flatten(0, 1), routing.gates.flatten(0, 1))  # (N, C)
+        topk_idx, gates = routing.topk_idx.flatten(0, 1), routing.gates.flatten(0, 1)  # (N, K) each
+        y = self.ops.expert_ffn(u.flatten(0, 1), self.gate_up_proj, self.down_proj, topk_idx, gates)
         return y.view_as(u)
 
 
@@ -455,10 +425,8 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = None
-        if config.n_shared_experts:  # the shared experts are one FFN of their joint width
-            width = config.moe_intermediate_size * config.n_shared_experts
-            self.shared_experts = MLP(config.hidden_size, width)
+        width = config.moe_intermediate_size * config.n_shared_experts  # all of them as one FFN
+        self.shared_experts = MLP(config.hidden_size, width) if width else None
 
     def forward(self, u: Tensor, replay: Tensor | None = None) -> tuple[Tensor, Routing]:
         routing = self.gate(u, replay)
@@ -482,7 +450,8 @@ class Block(nn.Module):
         self.is_moe = config.is_moe(layer)
         self.mlp = MoE(config) if self.is_moe else MLP(config.hidden_size, config.intermediate_size)
 
-    def forward(self, h, freqs_cis, mask=None, cache=None, replay=None) -> tuple[Tensor, Routing | None]:
+    def forward(self, h, freqs_cis, mask=None, cache=None, replay=None):
+        """h (B, T, C) -> (B, T, C), and the Routing, None in a dense layer."""
         h = h + self.self_attn(self.input_layernorm(h), freqs_cis, mask, cache)
         u = self.post_attention_layernorm(h)  # (B, T, C)
         y, routing = self.mlp(u, replay) if self.is_moe else (self.mlp(u), None)
@@ -490,11 +459,11 @@ class Block(nn.Module):
 
 
 class MTP(Block):
-    """One multi-token prediction module (V3 section 2.2): a block that looks one token further ahead.
+    """Multi-token prediction (V3 section 2.2): a block that looks one token further ahead.
 
     At position i, module k joins the state of depth k-1 with the embedding of token i+k and
-    predicts token i+k+1; embedding and head are the main model's. In the released weights the
-    embedding comes first in `eh_proj` and the state is the one after the final norm, so it is here.
+    predicts token i+k+1; embedding and head are the main model's. As in the released weights,
+    `eh_proj` has the embedding first, and the state is the one after the final norm.
     """
 
     def __init__(self, config: Config, layer: int):
@@ -504,15 +473,15 @@ class MTP(Block):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
-    def forward(self, h: Tensor, ahead: Tensor, freqs_cis: Tensor, mask=None) -> tuple[Tensor, Routing]:
-        """h and ahead, the embeddings of the tokens k further on, (B, T-k, C) -> normed state (B, T-k, C)."""
+    def forward(self, h: Tensor, ahead: Tensor, freqs_cis: Tensor, mask: Tensor | None = None):
+        """h, and ahead, the embedding k tokens on -> normed state, all (B, T-k, C), and Routing."""
         joined = torch.cat((self.enorm(ahead), self.hnorm(h)), dim=-1)  # (B, T-k, 2C)
         h, routing = super().forward(self.eh_proj(joined), freqs_cis, mask)
         return self.shared_head["norm"](h), routing
 
 
 class Transformer(nn.Module):
-    """The whole model. Attribute names give Hugging Face's tensor names; MTP modules are the last layers.
+    """The whole model, its attributes named as Hugging Face's tensors; MTP modules come last.
 
     >>> model = Transformer(Config.preset("tiny"))
     >>> tokens = torch.zeros(2, 5, dtype=torch.int64)
@@ -525,9 +494,9 @@ class Transformer(nn.Module):
     def __init__(self, config: Config, impl: str = "fused", init: bool = True):
         super().__init__()
         self.config = config
-        V, C = config.vocab_size, config.hidden_size
-        main = [Block(config, i) for i in range(config.num_hidden_layers)]
-        ahead = [MTP(config, config.num_hidden_layers + i) for i in range(config.num_nextn_predict_layers)]
+        V, C, L = config.vocab_size, config.hidden_size, config.num_hidden_layers
+        main = [Block(config, i) for i in range(L)]
+        ahead = [MTP(config, L + i) for i in range(config.num_nextn_predict_layers)]
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(V, C, _weight=torch.empty(V, C)),  # filled by `init_weights`
             "layers": nn.ModuleList(main + ahead),
@@ -535,8 +504,8 @@ class Transformer(nn.Module):
         })
         self.lm_head = Linear(C, V, bias=False)
         self.compute_dtype = torch.float32  # of activations; the weights are cast in each product
-        self.recompute = False  # store only block inputs in training and compute the rest again
-        self.isolate = False  # documents packed into one row, each behind its begin token, do not see each other
+        self.recompute = False  # in training keep the inputs of blocks only, compute the rest again
+        self.isolate = False  # documents of one row, each behind its begin token, are apart
         self.use_kernels(impl)
         if init:
             self.init_weights()
@@ -544,19 +513,17 @@ class Transformer(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Every matrix from N(0, initializer_range), biases zero, norms one (V3 section 4.2)."""
-        for parameter in self.parameters():
+        for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
                 parameter.normal_(0.0, self.config.initializer_range)
-        for module in self.modules():
-            if isinstance(module, Linear) and module.bias is not None:
-                module.bias.zero_()
+            elif name.endswith("bias"):
+                parameter.zero_()
 
     def use_kernels(self, impl: str, fp8: bool = False) -> tuple[str, ...]:
-        """Choose the twins of kernels.py for the present device and compute dtype; returns the reasons.
+        """Choose twins for the present device and compute dtype; returns what these forced.
 
-        With `fp8` the products of attention and FFNs are quantised; the head, `eh_proj`, the
-        router, norms and attention itself keep the compute dtype (V3 section 3.3), and so does
-        decoding's absorbed `kv_b_proj`.
+        With `fp8` the products of attention and FFNs are quantised (V3 section 3.3), but not the
+        head, `eh_proj`, router, norms, attention itself, and decoding's absorbed `kv_b_proj`.
         """
         device = self.lm_head.weight.device
         widths = (self.config.hidden_size, self.config.moe_intermediate_size)
@@ -588,12 +555,11 @@ class Transformer(nn.Module):
         """Logits (B, T, V), or the losses when `targets` are given.
 
         tokens, targets (B, T) int64; targets are the tokens that follow, -100 where there is no
-        loss. Losses are in nats per token: `ce`, `mtp` (mean over modules) and `balance` (sum over
-        MoE layers, without its factor), each a mean; `reduction="sum"` sums over targets (balance
-        over sequences); "none" gives `ce` alone, per token (B, T). `load` (MoE layers, E) are the
-        tokens with a target that each expert got, the MTP modules' layers last. `replay` forces the
-        experts of every MoE layer of the main model, (B, T, K) each. Raises UserError when the text
-        is longer than max_position_embeddings or the cache.
+        loss. Losses in nats per token: `ce`, `mtp` (mean over modules), `balance` (sum over MoE
+        layers, without its factor); `reduction="sum"` sums over targets (balance over sequences),
+        "none" gives `ce` alone, (B, T). `load` (MoE layers, E): the tokens with a target that each
+        expert got, MTP's layers last. `replay` forces the experts of every MoE layer of the main
+        model, (B, T, K) each. Raises UserError for a text longer than the context or the cache.
         """
         h, routings = self.trunk(tokens, cache, replay)
         if targets is None:
@@ -612,9 +578,9 @@ class Transformer(nn.Module):
         if counted:
             balance = torch.stack([balance_loss(*pair) for pair in counted]).sum(0)  # (B,)
             losses["balance"] = balance.sum() if reduction == "sum" else balance.mean()
-            E = self.config.n_routed_experts
-            losses["load"] = torch.stack([expert_load(routing.topk_idx, is_counted, E)
-                                          for routing, is_counted in counted])
+            losses["load"] = torch.stack([
+                expert_load(routing.topk_idx, is_counted, self.config.n_routed_experts)
+                for routing, is_counted in counted])
         return losses
 
     def trunk(self, tokens: Tensor, cache: Cache | None = None,
@@ -635,23 +601,24 @@ class Transformer(nn.Module):
         return self.model.norm(h), routings
 
     def freqs_and_mask(self, tokens: Tensor, cache: Cache | None = None):
-        """What all layers share: freqs_cis (1 or B, T, 1, P/2) and the mask (B, T, S) bool, True where a
-        query sees a key, None where causality is all there is to it.
+        """What all layers share: freqs_cis (1 or B, T, 1, P/2), and mask (B, T, S) bool or None.
 
-        Of a cache each query sees what lies before its own position. With `isolate` a token sees
-        its own document only, keys from the latest begin token on.
+        True where a query sees a key, None where causality is all there is to it. Of a cache, in
+        which this begins a pass, a query sees what lies up to its own position; with `isolate` its
+        own document only, keys from the latest begin token on.
         """
-        positions = torch.arange(tokens.shape[1], device=tokens.device).unsqueeze(0)  # (1, T)
+        T = tokens.shape[1]
         mask = None
+        positions = torch.arange(T, device=tokens.device).unsqueeze(0)  # (1, T)
         if cache is not None:
-            positions = cache.positions(tokens.shape[1])  # (B, T)
+            positions = cache.begin(T)  # (B, T)
             if cache.longest:
-                keys = torch.arange(cache.visible(tokens.shape[1]), device=tokens.device)  # (S,)
-                mask = keys <= positions.unsqueeze(-1)  # (B, T, S)
+                keys = torch.arange(cache.shown, device=tokens.device)  # (S,)
+                mask = keys <= positions.unsqueeze(-1)
         elif self.isolate:
             is_begin = tokens == self.config.bos_token_id  # (B, T)
             begin = positions.expand_as(tokens).where(is_begin, 0).cummax(1).values  # (B, T)
-            mask = (positions <= positions.mT) & (positions.unsqueeze(1) >= begin.unsqueeze(-1))  # (B, T, T)
+            mask = (positions <= positions.mT) & (positions.unsqueeze(1) >= begin.unsqueeze(-1))
         return rotations(self.config, self.frequencies, positions), mask
 
     def _run(self, block: Block, *inputs):
@@ -660,9 +627,9 @@ class Transformer(nn.Module):
         return block(*inputs)
 
     def _mtp_loss(self, h: Tensor, tokens: Tensor, targets: Tensor, reduction: str):
-        """`1/D sum_k mean_i -log P^k(token i+k+1)` (V3 eqs 21-25), and where each module sent its tokens.
+        """`1/D sum_k mean_i -log P^k(token i+k+1)` (V3 eqs 21-25).
 
-        The second result is a list of (Routing, mask of the tokens with a target (B, T-k)).
+        Besides, for each module its Routing and which tokens have a target, (B, T-k) bool.
         """
         losses, counted = [], []
         for k, module in enumerate(self.model.layers[self.config.num_hidden_layers :], start=1):
@@ -684,16 +651,14 @@ class Transformer(nn.Module):
         return self.ops.linear_cross_entropy(h.flatten(0, 1), weight, targets.flatten()).view_as(targets)
 
     def published(self) -> dict[str, Tensor]:
-        """Hugging Face's tensor names -> views into this model: writing into a view writes into the model."""
-        state = {name: tensor.detach() for name, tensor in self.state_dict(keep_vars=True).items()}
-        config = self.config
-        return checkpoint.published_names(state, config.num_hidden_layers, config.num_nextn_predict_layers)
+        """Hugging Face's tensor names -> views; who writes into a view writes into the model."""
+        L, modules = self.config.num_hidden_layers, self.config.num_nextn_predict_layers
+        return checkpoint.published_names(self.state_dict(), L, modules)
 
     def save_pretrained(self, directory: str | Path, tokenizer=None) -> None:
-        """Write a Hugging Face directory: config.json, model.safetensors (sharded above 5 GB), tokenizer."""
-        checkpoint.save_weights(directory, self.published(), checkpoint.config_to_hf(asdict(self.config)))
-        if tokenizer is not None:
-            tokenizer.save(directory)
+        """Write a Hugging Face directory: config.json, weights (sharded above 5 GB), tokenizer."""
+        config = checkpoint.config_to_hf(asdict(self.config))
+        checkpoint.save_weights(directory, self.published(), config, tokenizer=tokenizer)
 
     @classmethod
     @torch.no_grad()
@@ -704,10 +669,8 @@ class Transformer(nn.Module):
         Without MTP weights it is a model without MTP, and a line says so. Raises UserError naming
         missing and unexpected tensors and wrong shapes.
         """
-        config = Config.read(directory)
-        if not checkpoint.has_mtp(directory, config.num_hidden_layers, config.num_nextn_predict_layers):
-            print(f"{directory}: no MTP weights, loading the main model only", file=sys.stderr)
-            config = replace(config, num_nextn_predict_layers=0)
+        config = checkpoint.config_of_weights(directory, Config)
+        check_memory(asdict(config), dtype.itemsize)
         model = cls(config, impl, init=False)
         model.compute_dtype = dtype
         model.to(device=device, dtype=dtype)
@@ -721,44 +684,14 @@ def _reduce(nll: Tensor, is_real: Tensor, reduction: str) -> Tensor:
     return nll.sum() if reduction == "sum" else nll.sum() / is_real.sum().clamp(min=1)
 
 
-# ---------------------------------------------------------------------- what sizes may be, and cost
-
-
-def rules_of_sizes(config: Config):
-    """What must hold of a Config: (field, what is wanted, whether it is met)."""
-    may_be_zero = {"n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers",
-                   "bos_token_id", "eos_token_id"}
-    for name, value in asdict(config).items():
-        least = 0 if isinstance(value, float) or name in may_be_zero else 1
-        if type(value) in (int, float):
-            yield name, f"at least {least}", value >= least
-    E, K, groups = config.n_routed_experts, config.num_experts_per_tok, config.n_group
-    yield "qk_rope_head_dim", "an even number (pairs are rotated)", config.qk_rope_head_dim % 2 == 0
-    yield "num_experts_per_tok", f"at most n_routed_experts = {E}", K <= E
-    yield "n_group", f"a divisor of n_routed_experts = {E}", E % groups == 0
-    yield "topk_group", f"at most n_group = {groups}", config.topk_group <= groups
-    room = config.topk_group * (E // groups)
-    yield "num_experts_per_tok", f"at most {room}, the experts in topk_group groups", K <= room
-    has_two = groups == 1 or config.topk_method != "noaux_tc" or E // groups >= 2
-    yield "n_group", "at least 2 experts per group (groups score by their top 2)", has_two
-    yield "rope_factor", "at least 1", config.rope_factor >= 1
-    yield "rope_theta", "above 1", config.rope_theta > 1
-
-
-def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor, without its memory."""
-    with torch.device("meta"):
-        state = Transformer(config, init=False).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+# ----------------------------------------------------------------------------------- what it costs
 
 
 def count_parameters(config: Config) -> dict[str, int]:
-    """Parameters by the hub's convention: the routing bias counts, copies inside the MTP modules do not.
-
-    Keys: `main` (without MTP), `mtp`, `total`, `embedding`, `active` (used per token, without the
-    input embedding, which is a lookup, but with the head; MTP not included).
-    """
-    return parameter_counts(shapes_of(config), asdict(config))
+    """Parameters `main`, `mtp`, `total`, `embedding`, `active`, as `parameter_counts` has them."""
+    with torch.device("meta"):
+        model = Transformer(config, init=False)
+    return parameter_counts(model.state_dict(), asdict(config))
 
 
 def flops_per_token(config: Config, T: int) -> float:
@@ -774,13 +707,12 @@ def flops_per_token(config: Config, T: int) -> float:
 
 def main(argv: list[str]) -> None:
     """Print the self-portrait of a preset or of a checkpoint directory."""
-    name = argv[0] if argv else "tiny"
-    if len(argv) > 1 or name.startswith("-"):
-        names = " | ".join(checkpoint.preset_names())
-        raise UserError(f"got {' '.join(argv)}, wanted: python model.py [{names} | directory]")
-    config = Config.read(name) if Path(name).is_dir() else Config.preset(name)
+    name = " ".join(argv) or "tiny"
+    config = checkpoint.load_config(name, Config) if Path(name).is_dir() else Config.preset(name)
+    with torch.device("meta"):
+        model = Transformer(config, init=False)
     flops = flops_per_token(config, min(4096, config.max_position_embeddings))
-    print(portrait(name, asdict(config), shapes_of(config), count_parameters(config), flops))
+    print(portrait(name, asdict(config), model.state_dict(), flops))
 
 
 if __name__ == "__main__":

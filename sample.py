@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -21,20 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.io.cli import Knobs, UserError, knob, parse_flags, pick_device, run_main
+from data.io.cli import Knobs, UserError, knob, parse_flags, pick_device, run_main, widest_float
 from data.io.run import newest_run
 from data.tasks.task import prompt_text
-from data.text.tokenizer import load_tokenizer
+from data.text.tokenizer import check_belongs, load_tokenizer
 from kernels import at_least_float32
-from model import Cache, Routing, Transformer
+from model import Cache, Transformer
 
 COMPACT_BELOW = 0.75  # rows leave the batch, which copies the cache, when this share is still alive
 
-# --------------------------------------------------------------------------------------- sampling
-
 
 class Draw(NamedTuple):
-    """One sampled token per row and what rl.py wants to know about the distribution it came from."""
+    """One sampled token per row, and what rl.py wants to know about its distribution."""
 
     token: Tensor  # (n,) int64
     logp: Tensor  # (n,) nats, of the token
@@ -43,12 +41,11 @@ class Draw(NamedTuple):
 
 
 def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Logits (n, V) with -inf outside the top-k and then outside the nucleus (top-p, arXiv 1904.09751).
+    """Logits (n, V), -inf outside the top-k and then outside the nucleus (top-p, arXiv 1904.09751).
 
     The nucleus is the smallest set of likeliest tokens that holds at least `top_p` of the
-    probability left by top-k. Both cut at a value: tokens that tie with the last one kept stay, so
-    that the set does not depend on the order of the vocabulary. `top_k` 0 and `top_p` 1 switch the
-    cuts off.
+    probability left by top-k. Tokens that tie with the last one kept stay: the set does not depend
+    on the order of the vocabulary. `top_k` 0 and `top_p` 1 switch the cuts off.
 
     >>> truncate(torch.tensor([[3.0, 1.0, 2.0, 2.0]]), top_k=2)
     tensor([[3., -inf, 2., 2.]])
@@ -68,14 +65,13 @@ def truncate(logits: Tensor, top_k: int = 0, top_p: float = 1.0) -> Tensor:
 
 
 def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, noise: Tensor) -> Draw:
-    """Draw one token per row from `softmax(logits / temperature)`, truncated; the only place that draws.
+    """One token per row from `softmax(logits / temperature)`, truncated; the only place that draws.
 
-    logits (n, V); noise (n,), uniform in [0, 1), is all the chance there is: the token is the first
-    whose cumulative probability exceeds it. Log-prob and entropy are of the distribution drawn
-    from. Temperature 0 takes the likeliest token; log-prob and entropy are then those of the whole
+    logits (n, V); noise (n,), uniform in [0, 1), is all the chance there is. Log-prob and entropy
+    are of the distribution drawn from; temperature 0 takes the likeliest token out of the whole
     softmax. Raises UserError when a logit is NaN or infinite.
 
-    >>> draw = sample_tokens(torch.tensor([[0.25, 0.75]]).log(), 1.0, 0, 1.0, noise=torch.tensor([0.3]))
+    >>> draw = sample_tokens(torch.tensor([[0.25, 0.75]]).log(), 1.0, 0, 1.0, torch.tensor([0.3]))
     >>> draw.token.item(), round(draw.logp.exp().item(), 4)
     (1, 0.75)
     """
@@ -92,24 +88,18 @@ def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, 
 
 
 def invert_cdf(probs: Tensor, noise: Tensor) -> Tensor:
-    """The first token whose cumulative probability exceeds noise: probs (n, V), noise (n,) -> (n,) int64.
+    """The first token whose cumulative probability exceeds noise: probs (n, V), noise (n,) -> (n,).
 
-    A token of probability 0 never comes: it does not raise the sum. float64 keeps that so for large
-    vocabularies, where the order of a float32 sum shows.
+    A token of probability 0 never comes; in float64, since the order of a float32 sum would show.
     """
-    wide = torch.float32 if probs.device.type == "mps" else torch.float64
+    wide = widest_float(probs.device)
     cdf = probs.cumsum(-1, dtype=wide)  # (n, V)
     total = cdf[:, -1:].contiguous()  # (n, 1), 1 but for rounding
     token = torch.searchsorted(cdf, noise.to(wide).unsqueeze(1) * total, right=True)
-    last_possible = torch.searchsorted(cdf, total)
-    return torch.minimum(token, last_possible).squeeze(1)
+    return torch.minimum(token, torch.searchsorted(cdf, total)).squeeze(1)
 
 
-# ------------------------------------------------------------------------------------- generation
-
-
-@dataclass
-class Generation:
+class Generation(NamedTuple):
     """What `generate` made: N = prompts x num_samples rows, the samples of the first prompt first.
 
     A value that belongs to a token stands at that token's own position; where `mask` is False,
@@ -134,24 +124,16 @@ class Generation:
 
     def rows(self, index: Tensor | slice, T: int | None = None) -> "Generation":
         """The rows `index` in that order, cut to T columns."""
-        return self._each(lambda x: x[index] if x.ndim == 1 else x[index, :T])
+        return Generation(*(x if x is None else x[index] if x.ndim == 1 else x[index, :T] for x in self))
 
     def cat(self, other: "Generation") -> "Generation":
-        """The rows of both, the other's last; what is shorter is filled up with zeros behind its end."""
+        """The rows of both, the other's last; what is shorter is filled up with zeros."""
         T = max(self.tokens.shape[1], other.tokens.shape[1])
 
         def widened(x: Tensor) -> Tensor:
             return x if x.ndim == 1 else F.pad(x, (0, 0) * (x.ndim - 2) + (0, T - x.shape[1]))
 
-        return self._each(lambda x, y: torch.cat((widened(x), widened(y))), other)
-
-    def _each(self, change: Callable, *others: "Generation") -> "Generation":
-        """A Generation whose fields are `change` of the fields of this one and others."""
-        made = {}
-        for field in fields(self):
-            values = [getattr(each, field.name) for each in (self, *others)]
-            made[field.name] = None if values[0] is None else change(*values)
-        return Generation(**made)
+        return Generation(*(x if x is None else torch.cat((widened(x), widened(y))) for x, y in zip(self, other)))
 
 
 @torch.no_grad()
@@ -165,35 +147,40 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
     Every prompt is read once; its latents are then repeated for its samples. A row ends at a stop
     id, after `max_new_tokens`, or at max_position_embeddings, and soon leaves the batch.
     `on_token(row, id)` is called as tokens are made. The chance of a row depends on its prompt's
-    seed alone, never on its neighbours: one int gives each prompt its own seed, a sequence has one
-    per prompt (so that ranks that share the prompts draw what one process would), None is different
-    each time. Raises UserError for requests that cannot be met, and when the model's logits are not
-    finite.
+    seed alone: an int gives each prompt its own, a sequence has one per prompt (so that ranks that
+    share the prompts draw what one process would), None is different each time. Raises UserError
+    for requests that cannot be met, and when the model's logits are not finite.
     """
     SamplingKnobs(num_samples, max_new_tokens, temperature, top_k, top_p)
     check_prompts(model.config, prompts, stop_ids)
     max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings)
     device = model.lm_head.weight.device
-    noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens).to(device)  # (N, max_new_tokens)
+    noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens).to(device)  # (N, steps)
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
+    asked = [prompt for prompt in prompts for _ in range(num_samples)]  # (N,)
+    out = _blank(model, asked, max_new_tokens, stop_ids, keep_routing, keep_sampling_mask)
     with evaluating(model):
-        out = _blank(model, prompts, num_samples, max_new_tokens, stop_ids)
-        if keep_sampling_mask:
-            out.support = torch.ones(*out.mask.shape, model.config.vocab_size, dtype=torch.bool, device=device)
-        h, cache = _prefill(model, out, num_samples, keep_routing)  # h (N, C), behind the last token
+        h, cache = _prefill(model, out, num_samples)  # (N, 1, C), the state behind each prompt
         limits = (out.prompt_lengths + max_new_tokens).clamp(max=out.tokens.shape[1])  # (N,)
-        rows = torch.arange(len(limits), device=device)  # (n,) row of `out` behind each row of the batch
+        rows = torch.arange(len(asked), device=device)  # (n,) row of `out` of each row of the batch
         is_alive = torch.ones_like(rows, dtype=torch.bool)  # (n,)
         while True:
-            logits = model.lm_head(h).to(at_least_float32(h.dtype))  # (n, V)
+            logits = model.lm_head(h[:, 0]).to(at_least_float32(h.dtype))  # (n, V)
             at = cache.length  # (n,) position of the token that each row gets now
-            chance = noise[rows, at - out.prompt_lengths[rows]]
-            draw = sample_tokens(logits, temperature, top_k, top_p, chance)
+            draw = sample_tokens(logits, temperature, top_k, top_p, noise[rows, at - out.prompt_lengths[rows]])
             is_stop = torch.isin(draw.token, stops)
-            _record(out, rows[is_alive], at[is_alive], is_stop[is_alive], *(x[is_alive] for x in draw))
+            row, place = rows[is_alive], at[is_alive]
+            out.tokens[row, place] = draw.token[is_alive]
+            out.mask[row, place] = True
+            out.logps[row, place] = draw.logp[is_alive]
+            out.entropy[row, place] = draw.entropy[is_alive]
+            if keep_sampling_mask:
+                out.support[row, place] = draw.support[is_alive]
+            out.lengths[row] = place + 1
+            out.finished[row] = is_stop[is_alive]
             if on_token is not None:
-                for row, token in zip(rows[is_alive].tolist(), draw.token[is_alive].tolist()):
-                    on_token(row, token)
+                for pair in zip(row.tolist(), draw.token[is_alive].tolist()):
+                    on_token(*pair)
             is_alive = is_alive & ~is_stop & (at + 1 < limits[rows])
             left, tokens = is_alive.nonzero().squeeze(1), draw.token
             if len(left) == 0:
@@ -201,10 +188,8 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
             if len(left) <= COMPACT_BELOW * len(rows):
                 cache, rows, tokens, is_alive = cache.select(left), rows[left], tokens[left], is_alive[left]
             h, routings = model.trunk(tokens.unsqueeze(1), cache)  # (n, 1, C)
-            h = h[:, 0]
-            if keep_routing:
-                chosen = chosen_experts(routings, tokens.unsqueeze(1))[:, 0]  # (n, MoE layers, K)
-                out.routing[rows[is_alive], cache.length[is_alive]] = chosen[is_alive]
+            for layer, routing in enumerate(routings if keep_routing else ()):
+                out.routing[rows[is_alive], cache.length[is_alive], layer] = routing.topk_idx[is_alive, 0]
             cache.advance(is_alive.long())  # rows that ended stand still until they leave
     return out.rows(slice(None), int(out.lengths.max()))
 
@@ -212,8 +197,7 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
 def draw_noise(seed: int | Sequence[int] | None, prompts: int, num_samples: int, steps: int) -> Tensor:
     """Uniform numbers in [0, 1) for every row and step, (prompts * num_samples, steps) float32.
 
-    A prompt's numbers come from its own seed, on the CPU whatever the device. More steps or more
-    prompts leave the earlier numbers as they were.
+    Each prompt's come from its own seed, on the CPU; more steps or prompts leave the others alone.
     """
     if not isinstance(seed, Sequence):
         root = torch.Generator()
@@ -236,55 +220,36 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _blank(model: Transformer, prompts, num_samples: int, max_new_tokens: int, stop_ids) -> Generation:
-    """A Generation of prompts and padding, as wide as it can become."""
-    pad = stop_ids[0] if len(stop_ids) else model.config.eos_token_id
-    lengths = torch.tensor([len(prompt) for prompt in prompts])  # (prompts,)
-    T = min(int(lengths.max()) + max_new_tokens, model.config.max_position_embeddings)
-    padded = torch.tensor([[*prompt, *[pad] * (T - len(prompt))] for prompt in prompts])  # (prompts, T)
-    device = model.lm_head.weight.device
-    tokens, lengths = (x.repeat_interleave(num_samples, dim=0).to(device) for x in (padded, lengths))  # (N, T), (N,)
-    blank = torch.zeros_like(tokens, dtype=torch.promote_types(model.compute_dtype, torch.float32))
-    return Generation(tokens, blank.bool(), lengths, lengths.clone(), logps=blank, entropy=blank.clone(),
-                      finished=torch.zeros_like(lengths, dtype=torch.bool))
+def _blank(model, prompts, max_new_tokens, stop_ids, keep_routing, keep_support) -> Generation:
+    """A Generation of N prompts and padding, as wide as it can become."""
+    config, device = model.config, model.lm_head.weight.device
+    pad = stop_ids[0] if len(stop_ids) else config.eos_token_id
+    T = min(max(map(len, prompts)) + max_new_tokens, config.max_position_embeddings)
+    padded = [[*prompt, *[pad] * (T - len(prompt))] for prompt in prompts]
+    tokens = torch.tensor(padded, device=device)  # (N, T)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (N,)
+    zeros = torch.zeros_like(tokens, dtype=at_least_float32(model.compute_dtype))
+    layers = sum(map(config.is_moe, range(config.num_hidden_layers)))
+    experts = torch.arange(config.num_experts_per_tok, device=device)  # (K,)
+    everything = torch.ones(config.vocab_size, dtype=torch.bool, device=device)  # (V,)
+    return Generation(tokens, zeros.bool(), lengths, lengths.clone(), zeros, zeros.clone(),
+                      finished=torch.zeros_like(lengths, dtype=torch.bool),
+                      routing=experts.repeat(*tokens.shape, layers, 1) if keep_routing else None,
+                      support=everything.repeat(*tokens.shape, 1) if keep_support else None)
 
 
-def _prefill(model: Transformer, out: Generation, num_samples: int,
-             keep_routing: bool) -> tuple[Tensor, Cache]:
-    """Read each prompt once: the state behind its last token, (N, C), and the cache, for all N rows."""
-    tokens, lengths = out.tokens[::num_samples], out.prompt_lengths[::num_samples]  # (prompts, T)
-    longest = int(lengths.max())
-    cache = model.new_cache(len(lengths), tokens.shape[1])
+def _prefill(model: Transformer, out: Generation, num_samples: int) -> tuple[Tensor, Cache]:
+    """Read each prompt once: the state behind its last token, (N, 1, C), and a cache of N rows."""
+    lengths = out.prompt_lengths[::num_samples]  # (prompts,)
+    tokens = out.tokens[::num_samples, : int(lengths.max())]  # (prompts, longest)
+    cache = model.new_cache(len(tokens), out.tokens.shape[1])
     # padding stands right of the prompt, so no prompt token sees it, and decoding overwrites it
-    h, routings = model.trunk(tokens[:, :longest], cache)  # (prompts, longest, C)
+    h, routings = model.trunk(tokens, cache)  # (prompts, longest, C)
     cache.advance(lengths)
-    each = torch.arange(len(lengths), device=lengths.device)
-    rows = each.repeat_interleave(num_samples)  # (N,)
-    if keep_routing:
-        seen = chosen_experts(routings, tokens[:, :longest])  # (prompts, longest, MoE layers, K)
-        nobody = torch.arange(seen.shape[3], device=seen.device)  # (K,)
-        out.routing = nobody.repeat(*out.tokens.shape, seen.shape[2], 1)  # (N, T, MoE layers, K)
-        out.routing[:, :longest] = seen[rows]
-    return h[each, lengths - 1][rows], cache if num_samples == 1 else cache.select(rows)
-
-
-def chosen_experts(routings: list[Routing], tokens: Tensor) -> Tensor:
-    """The experts of tokens (n, T) in every MoE layer, (n, T, MoE layers, K)."""
-    if not routings:  # all layers are dense
-        return tokens.new_zeros(*tokens.shape, 0, 1)
-    return torch.stack([routing.topk_idx for routing in routings], 2)
-
-
-def _record(out: Generation, rows, at, is_stop, token, logp, entropy, support) -> None:
-    """Write what the given rows drew at their positions `at`."""
-    out.tokens[rows, at] = token
-    out.mask[rows, at] = True
-    out.logps[rows, at] = logp
-    out.entropy[rows, at] = entropy
-    out.lengths[rows] = at + 1
-    out.finished[rows] = is_stop
-    if out.support is not None:
-        out.support[rows, at] = support
+    rows = torch.arange(len(tokens), device=tokens.device).repeat_interleave(num_samples)  # (N,)
+    for layer, routing in enumerate(routings if out.routing is not None else ()):
+        out.routing[:, : tokens.shape[1], layer] = routing.topk_idx[rows]
+    return h[rows, out.prompt_lengths - 1].unsqueeze(1), cache if num_samples == 1 else cache.select(rows)
 
 
 @dataclass
@@ -293,24 +258,23 @@ class SamplingKnobs(Knobs):
 
     num_samples: int = knob(1, "number of continuations", least=1)
     max_new_tokens: int = knob(200, "most tokens to make", least=1)
-    temperature: float = knob(0.8, "flattens (above 1) or sharpens the distribution; 0 is greedy", least=0)
+    temperature: float = knob(0.8, "above 1 flattens the distribution; 0 is greedy", least=0)
     top_k: int = knob(0, "only the k likeliest tokens; 0 is all", least=0)
-    top_p: float = knob(0.95, "only the likeliest tokens that hold this share of the probability; 1 is all",
-                        above=0, most=1)
+    top_p: float = knob(0.95, "only the likeliest that hold this probability; 1 is all", above=0, most=1)
 
 
 def check_prompts(config, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> None:
+    """Raises UserError for the first prompt that does not fit or has ids outside the vocabulary."""
+    context, vocab = config.max_position_embeddings, config.vocab_size
     if len(prompts) == 0:
         raise UserError("prompts: got none, wanted at least one")
-    context, vocab = config.max_position_embeddings, config.vocab_size
     for i, prompt in enumerate(prompts):
         if not 1 <= len(prompt) < context:
-            raise UserError(f"prompt {i}: got {len(prompt)} tokens, wanted 1 to {context - 1}, so that the "
-                            f"context of {context} has room for an answer")
-        low, high = min(*prompt, *stop_ids, 0), max(*prompt, *stop_ids, 0)
-        if low < 0 or high >= vocab:
-            raise UserError(f"prompt {i}: got token id {low if low < 0 else high}, wanted 0 to {vocab - 1}: is "
-                            "this the tokenizer that the model was trained with?")
+            raise UserError(f"prompt {i}: got {len(prompt)} tokens, wanted 1 to {context - 1} and room for an answer")
+        for token in (*prompt, *stop_ids):
+            if not 0 <= token < vocab:
+                raise UserError(f"prompt {i}: got token id {token}, wanted 0 to {vocab - 1}: is this the "
+                                "tokenizer that the model was trained with?")
 
 
 # ------------------------------------------------------------------------------------ the program
@@ -328,10 +292,7 @@ class SampleConfig(SamplingKnobs):
 
 
 def encode_prompt(tokenizer, text: str, chat: bool) -> list[int]:
-    """Ids of a user's text behind the begin token, or within the chat template.
-
-    The text is always ordinary: "<think>" typed by a user is seven characters, never the special.
-    """
+    """Ids of a user's text, which holds no specials, behind the begin token or in the template."""
     if not chat:
         return [tokenizer.bos_id] + tokenizer.encode(text)
     before, after = prompt_text("\0").split("\0")
@@ -356,10 +317,11 @@ def main(argv: list[str]) -> None:
         raise UserError('the prompt is empty: python sample.py "Once upon a time"')
     device = pick_device(knobs.device)
     directory = Path(knobs.checkpoint) if knobs.checkpoint else newest_run()
-    model, tokenizer = Transformer.from_pretrained(directory, device=device), load_tokenizer(directory)
+    model = Transformer.from_pretrained(directory, device=device)
+    tokenizer = load_tokenizer(directory)
+    check_belongs(tokenizer, model.config)
     prompt = os.fsencode(knobs.prompt).decode(errors="replace")  # bytes that are no UTF-8
     ids = encode_prompt(tokenizer, prompt, knobs.chat)
-    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     lead = "" if knobs.chat else prompt
     started = time.perf_counter()
     print(lead, end="", flush=True)

@@ -1,8 +1,8 @@
 """Pretraining as V3 did it, in small (V3 section 4.2).
 
-    AdamW on every matrix and vector; the learning rate rises, stays, falls along a cosine, stays low.
-    The batch grows in the beginning. The loss is ce + weight * mtp + alpha * balance, and the weight of
-    multi-token prediction falls late. After each step every routing bias moves by the load of the step.
+    AdamW on every matrix and vector; the learning rate rises, stays, falls along a cosine, stays
+    low. The batch grows in the beginning. The loss is ce + weight * mtp + alpha * balance, and the
+    weight of multi-token prediction falls late. After each step routing biases move by the load.
 
     python train.py                            preset tiny on the embedded corpus, minutes on a CPU
     python train.py --data my/texts --name my  your own text
@@ -17,11 +17,12 @@ pictures, and state.safetensors, from which --resume goes on.
 import gc
 import math
 import os
-import shlex
 import time
 import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -31,13 +32,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.io import plot
-from data.io.cli import UserError, knob, parse_flags, pick_device, run_main, set_fields
-from data.io.run import Loop, RunConfig, RunFolder, SavedRun, minutes, peak_memory
-from data.tasks.task import ASSISTANT, BOS
+from data.io.cli import UserError, knob, parse_flags, pick_device, run_main, set_fields, widest_float
+from data.io.portrait import check_memory
+from data.io.run import Loop, RunConfig, RunFolder, SavedRun, minutes, peak_memory, to_go_on
+from data.tasks.task import BOS
 from data.text.corpus import prepare
 from data.text.files import read_examples
-from data.text.loader import Examples, Loader, eval_batches
-from data.text.tokenizer import load_tokenizer
+from data.text.loader import Examples, Loader, eval_batches, opening
+from data.text.tokenizer import check_belongs, load_tokenizer
 from kernels import IGNORE
 from model import Config, Transformer, count_parameters, flops_per_token
 from sample import evaluating, generate
@@ -46,7 +48,7 @@ from sample import evaluating, generate
 
 
 def lr_factor(done: float, config) -> float:
-    """Learning rate relative to its peak once the fraction `done` of the tokens is seen (V3 section 4.2).
+    """Learning rate relative to its peak when the fraction `done` of the tokens is seen (V3 4.2).
 
     Linear warm-up, constant, cosine, its end value, and a last part still lower.
     """
@@ -60,21 +62,20 @@ def lr_factor(done: float, config) -> float:
     return config.cosine_to + (1 - config.cosine_to) * 0.5 * (1 + math.cos(math.pi * fall))
 
 
-def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: "Dist", *, micro_batch: int,
-               lr: float, mtp_loss_weight: float, aux_loss_alpha: float, bias_update_speed: float,
-               clip: float = 1.0) -> dict:
+def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: "Dist", *,
+               micro_batch: int, lr: float, mtp_loss_weight: float, aux_loss_alpha: float,
+               bias_update_speed: float, clip: float = 1.0) -> dict:
     """One optimizer step on this rank's share (n, T) of the global batch.
 
     `total = ce + mtp_loss_weight * mtp + aux_loss_alpha * balance`, each a mean over the real
     targets (or the sequences) of the WHOLE batch, so that micro-batches and ranks change nothing
     but rounding. Returns the losses, `grad_norm` before clipping, and `load` (MoE layers, E), the
-    routed tokens. Raises UserError when the gradient is not finite; the weights are then as they
-    were.
+    routed tokens. Raises UserError when the gradient is not finite; the weights stay as they were.
     """
     raw = model.module if isinstance(model, DistributedDataParallel) else model
     counts = count_targets(targets, raw.config, world).clamp(min=1)  # (3,)
     weights = counts.new_tensor([1.0, mtp_loss_weight, aux_loss_alpha])
-    scale = (weights / counts * world.world_size).float()  # (3,); DDP averages over ranks, we want the sum
+    scale = (weights / counts * world.world_size).float()  # (3,); DDP averages, we want the sum
     sums = torch.zeros_like(counts)
     load = torch.zeros(len(raw.moe_layers()), raw.config.n_routed_experts, device=tokens.device)
     micros = list(zip(tokens.split(micro_batch), targets.split(micro_batch)))
@@ -96,15 +97,15 @@ def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: "Dist",
 
 
 def count_targets(targets: Tensor, config: Config, world: "Dist") -> Tensor:
-    """Targets of ce, targets of mtp, and sequences in the global batch: (3,) float64.
+    """Targets of ce, targets of mtp, and sequences in the global batch: (3,).
 
-    targets (n, T) of this rank. MTP module k has a target wherever there is one k tokens further
-    on.
+    targets (n, T) of this rank. MTP module k has a target where there is one k tokens further on.
     """
     is_real = targets != IGNORE  # (n, T)
     ahead = [float(is_real[:, k:].sum()) for k in range(1, config.num_nextn_predict_layers + 1)]
     counts = [float(is_real.sum()), sum(ahead) / max(1, len(ahead)), float(len(targets))]
-    return world.all_reduce_sum(torch.tensor(counts, dtype=torch.float64).to(targets.device))
+    wide = widest_float(targets.device)
+    return world.all_reduce_sum(torch.tensor(counts, dtype=wide, device=targets.device))
 
 
 def optimizer_step(model: Transformer, optimizer, lr: float, clip: float) -> float:
@@ -114,7 +115,7 @@ def optimizer_step(model: Transformer, optimizer, lr: float, clip: float) -> flo
     """
     grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip))
     if not math.isfinite(grad_norm):
-        raise UserError("the gradient is not finite: lower --lr; --resume goes on from the last checkpoint")
+        raise UserError("the gradient is not finite: lower --lr; --resume goes on from a save")
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -129,7 +130,7 @@ def update_biases(model: Transformer, load: Tensor, speed: float) -> None:
 
 
 def max_violation(load: Tensor) -> float:
-    """MaxVio (LF section 3) of load (layers, E): excess of the fullest expert over its share, layers' mean.
+    """MaxVio (LF section 3) of load (layers, E): excess of the fullest expert, mean of the layers.
 
     >>> max_violation(torch.tensor([[3.0, 1.0, 1.0, 3.0]]))
     0.5
@@ -137,7 +138,7 @@ def max_violation(load: Tensor) -> float:
     return float((load.amax(-1) / load.mean(-1).clamp(min=1e-9) - 1).mean()) if len(load) else 0.0
 
 
-def make_optimizer(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.95)) -> torch.optim.AdamW:
+def make_optimizer(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.95)):
     """AdamW in V3's setting (section 4.2); only matrices decay, norms and biases do not."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -146,15 +147,16 @@ def make_optimizer(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.95
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: list[tuple[Tensor, Tensor]], world: "Dist") -> tuple[dict, Tensor]:
-    """Losses ce and mtp over batches that all ranks know, each rank computing a share of them.
+def evaluate(model: Transformer, batches: list, world: "Dist") -> tuple[dict, Tensor]:
+    """Losses ce and mtp over batches (tokens, targets) that all ranks know, each computing a share.
 
     Also the routed tokens of the main model, (MoE layers, E): which experts this text uses.
     """
     config = model.config
     layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
     used = torch.zeros(layers, config.n_routed_experts, device=world.device)
-    sums = torch.zeros(4, dtype=torch.float64, device=world.device)  # ce, mtp and their numbers of targets
+    wide = widest_float(world.device)
+    sums = torch.zeros(4, dtype=wide, device=world.device)  # ce, mtp, numbers of targets
     for tokens, targets in islice(batches, world.rank, None, world.world_size):
         tokens, targets = tokens.to(world.device), targets.to(world.device)
         with evaluating(model):
@@ -176,43 +178,41 @@ class TrainConfig(RunConfig):
 
     preset: str = knob("tiny", "size of the model: a file of data/presets/")
     set: list[str] = knob([], "changes of the preset, as hidden_size=128 n_routed_experts=32")
-    init_from: str = knob("", "start from the weights of this checkpoint directory, in place of random ones")
+    init_from: str = knob("", "checkpoint directory to start from, in place of random weights")
     name: str = knob("base", "folder of this run, within --out")
-    data: str = knob("local", "local[:TASK], shakespeare, tinystories[:MB], fineweb[:shards], a path, or "
-                              "examples:FILE.jsonl (questions and answers; only the answers are learned)")
+    data: str = knob("local", "local[:TASK], shakespeare, tinystories[:MB], fineweb[:shards], path,"
+                              " or examples:FILE.jsonl (of which only the answers are learned)")
     mix: str = knob("", "with examples: every fourth sequence is plain text of this corpus")
-    tokenizer: str = knob("plainseek:1024", "plainseek[:size], gpt2, cl100k, or a path to a tokenizer.json")
+    tokenizer: str = knob("plainseek:1024", "plainseek[:size], gpt2, cl100k, or a tokenizer.json")
     steps: int = knob(1000, "optimizer steps", least=1)
     tokens_per_step: int = knob(4096, "tokens of one optimizer step, over all ranks", least=1)
     seq_len: int = knob(128, "tokens of one sequence", least=1)
-    ramp_from: float = knob(1.0, "batch size of the first step, relative to --tokens_per_step (V3: 0.2)",
-                            above=0, most=1)
+    ramp_from: float = knob(1.0, "first batch, of --tokens_per_step (V3: 0.2)", above=0, most=1)
     ramp_until: float = knob(0.03, "fraction of the steps at which the batch has its full size")
 
     lr: float = knob(2e-3, "peak learning rate (V3: 2.2e-4)", above=0)
     warmup_until: float = knob(0.02, "the learning rate rises linearly until this fraction")
     constant_until: float = knob(0.4, "and stays at --lr until this one (V3: 0.68)")
-    cosine_until: float = knob(0.97, "then falls along a cosine to --cosine_to until this one (V3: 0.97)")
+    cosine_until: float = knob(0.97, "then falls along a cosine until this one (V3: 0.97)")
     cosine_to: float = knob(0.1, "end of the cosine, relative to --lr")
-    final_from: float = knob(0.985, "the last part, at --final_to, begins at this fraction (V3: 0.99)")
+    final_from: float = knob(0.985, "the last part begins at this fraction (V3: 0.99)")
     final_to: float = knob(0.033, "learning rate of the last part, relative to --lr")
-    beta1: float = knob(0.9, "AdamW: decay of the mean of gradients")
-    beta2: float = knob(0.95, "AdamW: decay of the mean of their squares")
+    beta1: float = knob(0.9, "AdamW: decay of the mean of gradients", least=0, below=1)
+    beta2: float = knob(0.95, "AdamW: decay of the mean of their squares", least=0, below=1)
 
     mtp_loss_weight: float = knob(0.3, "weight of the multi-token prediction loss")
     mtp_loss_weight_later: float = knob(0.1, "its weight after --mtp_switch")
     mtp_switch: float = knob(0.68, "fraction at which it changes (V3: 10T of 14.8T tokens)")
     aux_loss_alpha: float = knob(1e-4, "weight of the sequence-wise balance loss")
     bias_update_speed: float = knob(1e-3, "step of the routing bias after every optimizer step")
-    bias_until: float = knob(0.97, "fraction after which the bias stays (V3: 14.3T of 14.8T tokens)")
+    bias_until: float = knob(0.97, "fraction after which the bias stays (V3: 14.3T of 14.8T)")
 
-    eval_tokens: int = knob(8192, "tokens per evaluation and domain, of validation and of training text each",
-                            least=1)
-    snapshots: list[float] = knob([], "fractions of the run at which the weights are kept, in at-010 and so on")
-    precision: str = knob("auto", "of activations; auto: bf16 on a GPU with units for it, else fp32",
-                          choices=("auto", "fp32", "bf16", "fp8"))
+    eval_tokens: int = knob(8192, "tokens of an evaluation, per domain and split", least=1)
+    snapshots: list[float] = knob([], "fractions of the run at which to keep weights, in at-010 ..",
+                                  least=0, most=1)
+    precision: str = knob("auto", "auto: bf16 on a GPU that has it", choices=("auto", "fp32", "bf16", "fp8"))
     isolate: bool = knob(True, "documents packed into one row do not see each other (V3: they do)")
-    recompute: bool = knob(False, "keep block inputs only, compute activations again in the backward pass")
+    recompute: bool = knob(False, "keep block inputs only, compute the rest twice")
 
     def rules(self):
         floor = 0.0
@@ -220,6 +220,12 @@ class TrainConfig(RunConfig):
             yield name, f"{floor} to 1 (they follow each other)", floor <= getattr(self, name) <= 1
             floor = getattr(self, name)
         yield "tokens_per_step", f"a multiple of seq_len = {self.seq_len}", self.tokens_per_step % self.seq_len == 0
+        if self.init_from:
+            for name in ("preset", "set", "tokenizer"):
+                is_default = getattr(self, name) == getattr(TrainConfig(), name)
+                yield name, "none beside --init_from, which brings its own", is_default
+            is_other = Path(self.init_from).resolve() != self.folder.resolve()
+            yield "name", "another one than that of --init_from, which it would overwrite", is_other
         yield from super().rules()
 
 
@@ -235,13 +241,13 @@ MOVED = {"keep": "--snapshots", "bench": "python -m tests.bench.train",
 
 
 class Plan:
-    """What each step of a run does: `sequences` in its global batch, `tokens` seen after it, its knobs."""
+    """What each step does: `sequences` in its global batch, `tokens` seen after it, its knobs."""
 
     def __init__(self, config: TrainConfig, world_size: int = 1):
         full = config.tokens_per_step // config.seq_len
         if full % world_size:
-            raise UserError(f"tokens_per_step: {full} sequences cannot be shared by {world_size} ranks, wanted "
-                            f"a multiple of {world_size * config.seq_len}")
+            raise UserError(f"tokens_per_step: {full} sequences cannot be shared by {world_size} "
+                            f"ranks, wanted a multiple of {world_size * config.seq_len}")
         self.config = config
         self.steps = config.steps
         ramp = max(1.0, config.ramp_until * config.steps)
@@ -257,17 +263,26 @@ class Plan:
                 "mtp_loss_weight": config.mtp_loss_weight_later if is_late else config.mtp_loss_weight,
                 "bias_update_speed": config.bias_update_speed if done <= config.bias_until else 0.0}
 
+    def check_resumed(self, step: int, was: int) -> None:
+        """Raises UserError when another number of steps meant another schedule up to `step`."""
+        low, high = self.config.warmup_until, self.config.constant_until
+        shares = (step / was, step / self.steps)
+        if was != self.steps and not low <= min(shares) <= max(shares) <= high:
+            raise UserError(f"steps: was {was}, is {self.steps}; it can change while the learning rate is "
+                            f"constant, from {low:g} to {high:g} of the run, and step {step} is not there")
+
 
 # --------------------------------------------------------------------------------- many processes
 
 
 @dataclass
 class Dist:
-    """This process among its equals. Alone, every method is a no-op, so the loop has one code path."""
+    """This process among its equals. Alone, every method is a no-op: the loop has one code path."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
+    patient: object = None  # the group that waits for hours
 
     @property
     def is_main(self) -> bool:
@@ -280,12 +295,12 @@ class Dist:
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all ranks, one below the other; each rank has as many."""
+        """The rows of all ranks, one below the other, on the CPU; each rank has as many."""
         if self.world_size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+            return tensor.cpu()
+        parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.to(self.device).contiguous())
+        return torch.cat(parts).cpu()
 
     def any(self, flag: bool) -> bool:
         """True on all ranks when it is on one."""
@@ -293,7 +308,13 @@ class Dist:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.patient)
+
+    def on_main(self, function, *args):
+        """What it returns on the first rank, which alone calls it; None on the rest, which wait."""
+        result = function(*args) if self.is_main else None
+        self.barrier()
+        return result
 
     def say(self, *words) -> None:
         """Print on the first rank."""
@@ -303,42 +324,50 @@ class Dist:
     def wrap(self, model: Transformer):
         """The module to call in training, so that gradients are averaged over ranks.
 
-        Buffers are not broadcast: every rank moves the routing bias by the same rule on the same
-        load.
+        Buffers are not broadcast: every rank moves the routing bias by the same rule and load.
         """
         if self.world_size == 1:
             return model
-        with warnings.catch_warnings():  # torch 2.13 has a second name for the option, torch 2.10 has not
+        with warnings.catch_warnings():  # of torch 2.13, which has another name for it
             warnings.simplefilter("ignore", FutureWarning)
             return DistributedDataParallel(model, broadcast_buffers=False)
 
     def accumulating(self, wrapped, is_last: bool):
-        """A block in which gradients are added up, and exchanged with the other ranks at the last one only."""
+        """A block in which gradients are added up; ranks exchange them in the last one only."""
         return nullcontext() if is_last or self.world_size == 1 else wrapped.no_sync()
 
-    def close(self) -> None:
+    def __enter__(self) -> "Dist":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        """Leave the others. Raises UserError when one of them has died or answers no more."""
         if self.world_size > 1:
-            gc.collect()  # DDP's wrapper sits in a reference cycle and must be gone before its group
+            gc.collect()  # DDP's wrapper, in a reference cycle, must be gone before its group
             dist.destroy_process_group()
+            is_theirs = any(word in str(error) for word in ("gloo", "NCCL"))
+            if is_theirs and isinstance(error, RuntimeError):
+                raise UserError("another rank died or answers no more; --resume goes on from the last save") from None
 
 
 def setup_distributed(device: str = "auto") -> Dist:
-    """Join the processes that torchrun started (gloo on CPU, nccl on CUDA); alone without torchrun."""
+    """Join the processes that torchrun started (gloo on CPU, nccl on CUDA); alone without it."""
     chosen = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Dist(device=chosen)
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
-    return Dist(dist.get_rank(), dist.get_world_size(), chosen)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    patient = dist.new_group(timeout=timedelta(hours=8))  # the first rank prepares, examines
+    return Dist(dist.get_rank(), dist.get_world_size(), chosen, patient)
 
 
 # --------------------------------------------------------------------------------------- the loop
 
 
 class Trainer(SavedRun):
-    """A run: batches -> train_step -> log; evaluation, checkpoint and pictures every `eval_every` steps.
+    """A run: batches -> train_step -> log; now and then evaluation, checkpoint and pictures.
 
     `loader` gives `next_batch(sequences) -> (tokens, targets)` of this rank, `state_dict`,
     `load_state_dict`. `evals` maps a column such as "val_code" to batches that all ranks know.
@@ -346,8 +375,8 @@ class Trainer(SavedRun):
 
     NOTES = ("step", "seconds", "latest")
 
-    def __init__(self, config: TrainConfig, model: Transformer, tokenizer, loader, folder: RunFolder,
-                 world: Dist, evals: dict[str, list] | None = None):
+    def __init__(self, config: TrainConfig, model: Transformer, tokenizer, loader,
+                 folder: RunFolder, world: Dist, evals: dict[str, list] | None = None):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.loader, self.folder, self.world, self.evals = loader, folder, world, evals or {}
         self.plan = Plan(config, world.world_size)
@@ -355,21 +384,23 @@ class Trainer(SavedRun):
         self.modules = nn.ModuleDict({"model": model})
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay, (config.beta1, config.beta2))
         self.step, self.seconds = 0, 0.0  # done so far
-        self.stride = max(1, self.plan.steps // 200)  # of the steps whose loads are kept for the picture
+        self.stride = max(1, self.plan.steps // 200)  # of the steps whose loads are drawn
         self.loads: list[Tensor] = []  # (MoE layers, E) routed tokens of every `stride`-th step
         self.usage: dict[str, Tensor] = {}  # per domain, (MoE layers, E) of the latest evaluation
         self.latest: dict[str, float] = {}  # losses of the latest evaluation
-        self.columns = ["step", "tokens", "ce", "mtp", "balance", "total", "grad_norm", "lr", "mtp_loss_weight",
-                        "bias_update_speed", "max_vio", "tokens_per_s", "seconds", *self.evals, "val_mtp"]
+        self.columns = [
+            "step", "tokens", "ce", "mtp", "balance", "total", "grad_norm", "lr", "mtp_loss_weight",
+            "bias_update_speed", "max_vio", "tokens_per_s", "seconds", *self.evals, "val_mtp"]
 
     def run(self) -> bool:
-        """Train to the end of the plan; False when a signal ended it early. Either way all is saved."""
+        """Train to the end; False when a signal ended it early. Either way all is saved."""
         if self.step == 0:
             self.folder.log({"step": 0, "tokens": 0} | self.evaluate(), self.columns)
-        loop = Loop(self.folder, done=self.step, total=self.plan.steps, every=self.config.eval_every,
-                    label="train", agree=self.world.any)
+        loop = Loop(self.folder, done=self.step, total=self.plan.steps, label="train",
+                    every=self.config.eval_every, agree=self.world.any)
         for step in loop:
-            values = self.advance()
+            with self.saved_if_refused():
+                values = self.advance()
             values |= self.evaluate() if loop.is_due else {}
             self.folder.log(values, self.columns)
             loop.show(f"loss {values['ce']:.3f}  {values['tokens_per_s'] / 1e3:.1f}k tokens/s")
@@ -379,7 +410,7 @@ class Trainer(SavedRun):
             if loop.is_due:
                 loop.note(f"step {step}: {self.losses()}, max_vio {values['max_vio']:.2f}")
                 self.save()
-                self.draw()
+                self.world.on_main(self.draw)
         if not loop.is_complete:
             self.save()
         return loop.is_complete
@@ -389,17 +420,18 @@ class Trainer(SavedRun):
         start, config, knobs = time.monotonic(), self.config, self.plan.knobs(self.step)
         sequences = self.plan.sequences[self.step]
         tokens, targets = (t.to(self.world.device) for t in self.loader.next_batch(sequences))  # (n, T)
-        values = train_step(self.wrapped, self.optimizer, tokens, targets, self.world, clip=config.clip,
-                            micro_batch=config.micro_batch, aux_loss_alpha=config.aux_loss_alpha, **knobs)
+        values = train_step(
+            self.wrapped, self.optimizer, tokens, targets, self.world, clip=config.clip,
+            micro_batch=config.micro_batch, aux_loss_alpha=config.aux_loss_alpha, **knobs)
         load = values.pop("load")
         if self.step % self.stride == 0 and len(load):
             self.loads.append(load)
         seconds = time.monotonic() - start
-        tokens_seen = self.plan.tokens[self.step]
+        values |= knobs | {"tokens": self.plan.tokens[self.step], "max_vio": max_violation(load),
+                           "tokens_per_s": sequences * config.seq_len / seconds}
         self.seconds += seconds
         self.step += 1
-        return values | knobs | {"step": self.step, "tokens": tokens_seen, "max_vio": max_violation(load),
-                                 "tokens_per_s": sequences * config.seq_len / seconds, "seconds": self.seconds}
+        return values | {"step": self.step, "seconds": self.seconds}
 
     def evaluate(self) -> dict[str, float]:
         """Loss of every domain, and of MTP over the validation domains."""
@@ -414,38 +446,17 @@ class Trainer(SavedRun):
         return self.latest
 
     def losses(self) -> str:
-        """The latest validation losses in words; a corpus of few documents may have none for validation."""
-        losses = [f"{name[4:]} {loss:.3f}" for name, loss in self.latest.items() if name.startswith("val_")]
+        """The latest validation losses in words; of few documents there may be none."""
+        shown = [name for name in self.latest if name.startswith("val_")]
+        losses = [f"{name[4:]} {self.latest[name]:.3f}" for name in shown]
         return ", ".join(losses) or "(no text fell to validation)"
-
-    def save(self) -> None:
-        """Everything, with the position in the data and the state of chance."""
-        super().save(loader=self.loader.state_dict(), rng=torch.get_rng_state())
-
-    def restore(self, tensors: dict[str, Tensor], notes: dict) -> None:
-        """Take up where `save` left off."""
-        super().restore(tensors, notes)
-        self.loader.load_state_dict(notes["loader"])
-        torch.set_rng_state(tensors["rng"])
 
     def draw(self) -> None:
         """Redraw the pictures of the run folder."""
-        if not self.world.is_main or not self.usage:
-            return
-        path, uniform = self.folder.path, math.log(self.model.config.vocab_size)
-        plot.loss_figure(path / "loss.png", self.folder.rows(), uniform)
-        if self.loads:
-            names, loads = layer_names(self.model), torch.stack(self.loads)  # (n, MoE layers, E)
-            x = [tokens / 1e6 for tokens in self.plan.tokens[:: self.stride]][: len(loads)]
-            plot.expert_load_figure(path / "expert_load.png", loads, x, names, "million tokens seen")
-            plot.expert_domains_figure(path / "expert_domains.png", self.usage, names)
-
-
-def layer_names(model: Transformer) -> list[str]:
-    """A short name for every MoE layer, in the order of `moe_layers`: "layer 3", "MTP 1"."""
-    main = model.config.num_hidden_layers
-    layers = [int(name.split(".")[2]) for name, _ in model.moe_layers()]
-    return [f"layer {layer}" if layer < main else f"MTP {layer - main + 1}" for layer in layers]
+        config, layers = self.model.config, [path for path, _ in self.model.moe_layers()]
+        x = [tokens / 1e6 for tokens in self.plan.tokens[:: self.stride]]
+        plot.draw_training(self.folder.path, self.folder.rows(), config.vocab_size, self.loads, x,
+                           self.usage, plot.layer_names(layers, config.num_hidden_layers))
 
 
 # ------------------------------------------------------------------------------------ the program
@@ -465,14 +476,17 @@ def use_precision(model: Transformer, precision: str, impl: str) -> str:
 
 
 def build_model(config: TrainConfig, tokenizer, world: Dist) -> Transformer:
-    """The model of the run on its device: a preset fitted to the tokenizer, or the weights of `init_from`."""
+    """The model on its device: a preset fitted to the tokenizer, or the weights of `init_from`."""
     torch.manual_seed(config.seed)
     if config.init_from:
         model = Transformer.from_pretrained(config.init_from, config.impl, world.device)
+        check_belongs(tokenizer, model.config)
     else:
         changes = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
                    "eos_token_id": tokenizer.eos_id} | set_fields(Config, config.set)
-        model = Transformer(Config.preset(config.preset, **changes), config.impl)
+        sizes = Config.preset(config.preset, **changes)
+        check_memory(asdict(sizes))
+        model = Transformer(sizes, config.impl)
     for name, got, limit in (("tokenizer", tokenizer.vocab_size, "vocab_size"),
                              ("seq_len", config.seq_len, "max_position_embeddings")):
         if got > getattr(model.config, limit):
@@ -485,90 +499,78 @@ def build_data(config: TrainConfig, tokenizer, world: Dist):
     """The loader of this rank and the evaluation batches of every domain, of both splits."""
     mine = {"rank": world.rank, "world_size": world.world_size, "seed": config.seed}
     source = config.mix if config.data.startswith("examples:") else config.data
-    if not world.is_main:
-        world.barrier()  # the first rank prepares the files, the others find them
-    corpus = source and prepare(source, tokenizer, Path(config.out) / "cache", seed=config.seed, log=world.say)
-    if world.is_main:
-        world.barrier()
+    find = partial(prepare, source, tokenizer, Path(config.out) / "cache", seed=config.seed, log=world.say)
+    corpus = (world.on_main(find) or find()) if source else None  # the first rank writes the files
+    T = config.seq_len
     if source != config.data:
         plain = {domain: file for domain, file in corpus.train.items() if domain != "reasoning"} if corpus else {}
-        plain = Loader(plain, config.seq_len, **mine) if plain else None
         texts = [pair for path in config.data[9:].split(",") for pair in read_examples(path)]
-        loader = Examples(texts, tokenizer, config.seq_len, plain=plain, **mine)
-        world.say(f"data        {len(texts)} examples, {loader.left_out} of them longer than {config.seq_len} tokens "
-                  f"and left out")
+        loader = Examples(texts, tokenizer, T, plain=Loader(plain, T, **mine) if plain else None, **mine)
+        share = loader.left_out / len(texts)
+        world.say(f"data        {len(texts)} examples; {loader.left_out} of them ({share:.0%}) are longer than "
+                  f"--seq_len {T} and left out")
         return loader, {}
     world.say(corpus.description)
-    rows = max(1, config.eval_tokens // config.seq_len)
-    evals = {f"{split}_{domain}": list(eval_batches(files[domain], config.seq_len, config.micro_batch, rows))
+    rows = max(1, config.eval_tokens // T)
+    evals = {f"{split}_{domain}": list(eval_batches(files[domain], T, config.micro_batch, rows))
              for split, files in (("val", corpus.val), ("train", corpus.train)) for domain in corpus.domains}
-    return Loader(corpus.train, config.seq_len, **mine), {name: each for name, each in evals.items() if each}
+    return Loader(corpus.train, T, **mine), {name: each for name, each in evals.items() if each}
 
 
 def build_trainer(config: TrainConfig, world: Dist) -> Trainer:
     """Everything of a run, new or resumed; prints what it is going to do."""
     folder, knobs = RunFolder(config.folder, world.is_main), asdict(config)
-    tensors, notes = folder.resume(knobs, config.FREE_ON_RESUME) if config.resume else ({}, {})
+    tensors, notes = folder.begin(knobs, config)
     plan = Plan(config, world.world_size)
     tokenizer = load_tokenizer(config.init_from or config.tokenizer)
     model = build_model(config, tokenizer, world)
-    if not config.resume:
-        folder.start(knobs, config.overwrite)
     loader, evals = build_data(config, tokenizer, world)
     how = use_precision(model, config.precision, config.impl)
     trainer = Trainer(config, model, tokenizer, loader, folder, world, evals)
     if notes:
+        plan.check_resumed(notes["step"], notes["knobs"].get("steps", plan.steps))
         trainer.restore(tensors, notes)
         world.say(f"resumed at step {trainer.step} of {plan.steps}")
+    else:
+        folder.start(knobs, config.overwrite or config.resume)
     counts, flops = count_parameters(model.config), flops_per_token(model.config, config.seq_len)
     world.say(f"model       {config.init_from or config.preset}: {counts['total']:,} parameters ({counts['mtp']:,} "
               f"of them MTP), {counts['active']:,} active per token, {flops / 1e6:.2f} MFLOP per token\n"
-              f"run         {plan.steps} steps, {plan.tokens[-1]:,} tokens, {config.tokens_per_step:,} per step, "
-              f"on {world.world_size} x {world.device.type}, into {folder.path}\n{how}")
+              f"run         {plan.steps} steps, {plan.tokens[-1]:,} tokens, {config.tokens_per_step:,} per "
+              f"step, on {world.world_size} x {world.device.type}, into {folder.path}\n{how}")
     return trainer
 
 
 def final_report(trainer: Trainer) -> None:
-    """The lines at the end of a run; per domain the opening of a text and, after a bar, how the model goes on."""
+    """What was reached and what it took; and, behind a bar, how the model goes on with a text."""
     rate = trainer.plan.tokens[-1] / trainer.seconds
     flops = flops_per_token(trainer.model.config, trainer.config.seq_len) * rate
     print(f"\nloss        {trainer.losses()}, in nats per token of validation text\n"
           f"speed       {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the main model\n"
           f"time        {minutes(trainer.seconds)}, without preparation and evaluation\n"
-          f"memory      {peak_memory(trainer.world.device)} at most\ncheckpoint  {trainer.folder.path}")
+          f"memory      {peak_memory(trainer.world.device)} at most\n"
+          f"checkpoint  {trainer.folder.path}")
     tokenizer = trainer.tokenizer
     for name in [name for name in trainer.evals if name.startswith("val_")]:
-        prompt = opening(trainer.evals[name][0][0].flatten().tolist(), tokenizer)
-        made = generate(trainer.model, [prompt], max_new_tokens=64, temperature=0.7, stop_ids=[tokenizer.eos_id],
-                        seed=trainer.config.seed)
-        print(f"\n--- {name[4:]} {'-' * (64 - len(name))}\n{tokenizer.decode(prompt).removeprefix(BOS)} │ "
-              f"{tokenizer.decode(made.completion(0))}")
-
-
-def opening(tokens: list[int], tokenizer, length: int = 12) -> list[int]:
-    """The first tokens of the first document that begins in `tokens`; of a dialogue, the whole question."""
-    start = tokens.index(tokenizer.bos_id) if tokenizer.bos_id in tokens else 0
-    head, assistant = tokens[start : start + 64], tokenizer.specials[ASSISTANT]
-    return head[: head.index(assistant) + 1] if assistant in head else head[:length]
+        room = trainer.model.config.max_position_embeddings // 2
+        prompt = opening(trainer.evals[name][0][0].flatten().tolist(), tokenizer)[:room]
+        made = generate(trainer.model, [prompt], max_new_tokens=64, temperature=0.7,
+                        stop_ids=[tokenizer.eos_id], seed=trainer.config.seed)
+        text, more = (tokenizer.decode(ids) for ids in (prompt, made.completion(0)))
+        print(f"\n--- {name[4:]} {'-' * (64 - len(name))}\n{text.removeprefix(BOS)} │ {more}")
 
 
 def main(argv: list[str], world: Dist | None = None) -> bool:
     """Train, or go on training, and show the result; False when a signal ended the run early."""
     config = parse_flags(TrainConfig, argv, __doc__, presets={"preset": PRESET_KNOBS}, moved=MOVED)
-    mine = world or setup_distributed(config.device)
-    try:
+    with nullcontext(world) if world else setup_distributed(config.device) as mine:
         trainer = build_trainer(config, mine)
         is_complete = trainer.run()
-        if is_complete and mine.is_main:
-            final_report(trainer)
-        elif mine.is_main:
-            flags = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
-            print(f"stopped at step {trainer.step} of {trainer.plan.steps} and saved; to go on:\n"
-                  f"  python train.py {shlex.join([*flags, '--resume'])}")
+        if is_complete:
+            mine.on_main(final_report, trainer)
+        else:
+            mine.say(f"stopped at step {trainer.step} and saved; {to_go_on('train.py', argv)}")
         return is_complete
-    finally:
-        if world is None:
-            mine.close()
 
 
 if __name__ == "__main__":

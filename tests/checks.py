@@ -1,9 +1,9 @@
 """What must hold of model.py, as functions that raise AssertionError when it does not.
 
-test_model.py and test_checkpoint.py run them on the model as it is; test_pitfalls.py breaks the model
-on purpose, one known mistake at a time, and asks the same functions to notice. Oracles are
-independent of model.py: transformers' DeepSeek classes, plain loops in float64, closed formulas.
-"""
+test_pitfalls.py runs them on the model as it is, test_model.py and test_checkpoint.py in more of its forms;
+test_pitfalls.py also breaks the model on purpose, one known mistake at a time, and asks the same functions to notice.
+Oracles are independent of model.py: transformers'
+DeepSeek classes, plain loops in float64, closed formulas."""
 
 import copy
 import math
@@ -11,8 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
-from transformers import DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (AutoModelForCausalLM, DeepseekV2Config, DeepseekV2ForCausalLM, DeepseekV3Config,
+                          DeepseekV3ForCausalLM)
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
@@ -25,8 +25,7 @@ TOLERANCE = 5e-5  # of logits in float32, whose standard deviation is about 1.5
 
 # Changes of the preset "tiny" under which we must equal transformers.
 YARN = dict(rope_factor=40.0, rope_original_max_position_embeddings=1024)
-V2_GATE = dict(scoring_func="softmax", norm_topk_prob=False, num_nextn_predict_layers=0,
-               n_shared_experts=2)
+V2_GATE = dict(scoring_func="softmax", norm_topk_prob=False, num_nextn_predict_layers=0, n_shared_experts=2)
 GROUPS_BY_BEST = V2_GATE | dict(topk_method="group_limited_greedy")
 ARCHITECTURES = {
     "v3": {},
@@ -160,8 +159,7 @@ def mtp_nll_of_transformers(mtp: MtpModel, h, tokens, targets) -> list[torch.Ten
     for k in range(1, mtp.num_mtp_layers + 1):
         ids = tokens[:, k:]
         positions = torch.arange(k, k + ids.shape[1]).unsqueeze(0)
-        h = mtp.forward_layer(k - 1, h[:, : ids.shape[1]], positions, MtpCache(config=mtp.config),
-                              input_ids=ids)
+        h = mtp.forward_layer(k - 1, h[:, : ids.shape[1]], positions, MtpCache(config=mtp.config), input_ids=ids)
         nlls.append(F.cross_entropy(mtp._project_to_logits(h).mT, targets[:, k:], reduction="none"))
     return nlls
 
@@ -347,8 +345,7 @@ def a_step(model: Transformer, tokens, targets, micro_batch: int, speed=0.01) ->
     """The load (MoE layers, E) of one step of train.py that leaves all weights but moves the biases."""
     optimizer = train.make_optimizer(model, lr=0.0)
     knobs = dict(lr=0.0, mtp_loss_weight=0.3, aux_loss_alpha=0.1, bias_update_speed=speed)
-    return train.train_step(model, optimizer, tokens, targets, train.Dist(),
-                            micro_batch=micro_batch, **knobs)["load"]
+    return train.train_step(model, optimizer, tokens, targets, train.Dist(), micro_batch=micro_batch, **knobs)["load"]
 
 
 def biases(model: Transformer) -> torch.Tensor:
@@ -416,8 +413,7 @@ def micro_batches_give_the_bias_of_one_batch():
 
 @torch.no_grad()
 def bias_moves_by_the_sign_of_the_load(speed=0.001):
-    """`b += speed * sign(mean - load)`: idle up, overloaded down, at the mean not at all, far from 0
-    as well."""
+    """`b += speed * sign(mean - load)`: idle up, overloaded down, at the mean not at all, far from 0 as well."""
     sizes = dict(n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2)
     router = Router(Config.preset("tiny", **sizes))
     router.e_score_correction_bias.fill_(5.0)
@@ -441,8 +437,7 @@ def bias_is_state_and_not_a_weight():
 
 
 def load_evens_out(steps=60, speed=0.03):
-    """From a skewed start the fullest expert must lose load, in every layer: the effect, not the
-    movement."""
+    """From a skewed start the fullest expert must lose load, in every layer: the effect, not the movement."""
     model = build("fused").train()
     with torch.no_grad():
         for _, moe in model.moe_layers():
@@ -491,8 +486,7 @@ def balance_loss_equals_the_loops():
     close(got, wanted, 1e-12, "balance loss")
     assert got.requires_grad, "the balance loss has no gradient"
     weight = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
-    grads = [torch.autograd.grad((loss * weight).sum(), logits, retain_graph=True)[0]
-             for loss in (got, wanted)]
+    grads = [torch.autograd.grad((loss * weight).sum(), logits, retain_graph=True)[0] for loss in (got, wanted)]
     assert grads[1].abs().max() > 1e-4
     close(grads[0], grads[1], 1e-12, "gradient of the balance loss")
 
@@ -614,8 +608,7 @@ def head_is_not_the_embedding():
 
 def transformers_loads_it(directory, model: Transformer):
     """AutoModelForCausalLM finds every tensor it wants and gives the same logits."""
-    twin, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True,
-                                                      dtype=torch.float32)
+    twin, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, dtype=torch.float32)
     known = mtp_prefixes(model.config)
     extra = [name for name in info["unexpected_keys"] if not name.startswith(known)]
     assert not info["missing_keys"] and not info["mismatched_keys"] and not extra, info
@@ -678,16 +671,14 @@ def bf16_checkpoint_keeps_the_bias_wide(directory):
 
 def formula(c: Config) -> dict[str, int]:
     """Parameters by the counting rules of the papers; `active` leaves out the input embedding."""
-    d, H, R, nope, rope = (c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim,
-                           c.qk_rope_head_dim)
+    d, H, R, nope, rope = (c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim)
     q = d * H * (nope + rope)
     if c.q_lora_rank:
         q = d * c.q_lora_rank + c.q_lora_rank + c.q_lora_rank * H * (nope + rope)
     attention = q + d * (R + rope) + R + R * H * (nope + c.v_head_dim) + H * c.v_head_dim * d
     E, dense, shared = c.n_routed_experts, c.first_k_dense_replace, c.n_shared_experts
     router = E * d + (E if c.topk_method == "noaux_tc" else 0)
-    moe, used = (3 * d * c.moe_intermediate_size * (n + shared) + router
-                 for n in (E, c.num_experts_per_tok))
+    moe, used = (3 * d * c.moe_intermediate_size * (n + shared) + router for n in (E, c.num_experts_per_tok))
     common = c.num_hidden_layers * (attention + 2 * d) + d + dense * 3 * d * c.intermediate_size
     head, sparse = c.vocab_size * d, c.num_hidden_layers - dense
     mtp = c.num_nextn_predict_layers * (attention + 2 * d + moe + 2 * d * d + 3 * d)

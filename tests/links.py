@@ -2,8 +2,8 @@
 
     python -m tests.links       writes the line of every function into its link
 
-A link is written [`model.Router.choose`](model.py#L1): the name says where it has to lead. Links to a file
-with "(N lines)" behind them get its length in the same way.
+A link is written [`model.Router.choose`](model.py#L1): the name says where it has to lead. In a table the cell
+behind the description of a file gets its length in the same way.
 """
 
 import ast
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/.]+\.py)#L\d+\)")
-LENGTH = re.compile(r"(\[[^\]]+\]\(([\w/.]+\.py)\)[^|\n]*\|\s*)\d+(?=\s*\|)")
+LENGTH = re.compile(r"(\[[^\]]+\]\(([\w/.]+\.py)\)[^|\n]*\|[^|\n]*\|\s*)\d+(?=\s*\|)")
 
 
 def line_of(path: Path, names: list[str]) -> int:

@@ -5,6 +5,7 @@ import re
 import shlex
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,9 +47,6 @@ def understood(commands: list[str]) -> list:
     return [parse_flags(CONFIGS[program], flags, "") for program, *flags in words if program in CONFIGS]
 
 
-# ----------------------------------------------------------------------------------------- bench
-
-
 def test_a_step_is_measured_beside_transformers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench, "matmul_ceiling", lambda *_: 1e11)
     bench.main([*TINY, "--micro_batch", "2", "--rounds", "1", "--out", str(tmp_path)])
@@ -71,9 +69,6 @@ def test_a_decoded_token_is_measured_and_both_caches_say_the_same(capsys):
     out = capsys.readouterr().out
     assert [float(x) < 1e-4 for x in re.findall("at most (.+) apart", out)] == [True, True]
     assert out.count("tokens/s") == (4 if find_spec("transformers") else 2)
-
-
-# ---------------------------------------------------------------------------------------- claims
 
 
 def test_the_bill_is_that_of_table_1(capsys):
@@ -132,11 +127,13 @@ def test_thinking_leaves_a_table_and_a_picture(base, tmp_path, capsys):
 def test_a_thought_is_cut_and_the_answer_asked_for(monkeypatch):
     """Of two answers one thinks beyond its budget: it is asked at once, the other one stays as it is."""
     from data.tasks import load_task
+    from data.tasks.exam import draw_questions
     from data.text.tokenizer import load_tokenizer
+    from rl import Rollout
     from sample import Generation
 
     tokenizer, tasks = load_tokenizer("plainseek:1024"), [load_task("chain")]
-    question = thinking.rl.draw_questions(tasks, "test", "held out", [0])[0]
+    question = draw_questions(tasks, "test", "held out", [0])[0]
     thought = tokenizer.encode_trusted("<think>1+1=2;")
     asked = []
 
@@ -148,10 +145,10 @@ def test_a_thought_is_cut_and_the_answer_asked_for(monkeypatch):
         asked.append(prompts)
         return made(tokenizer.encode_trusted(question.problem.answer + "</answer>"))
 
-    monkeypatch.setattr(thinking.rl, "ask", lambda *_, **__: thinking.rl.Rollout(
-        [question], made(thought), [""], {"accuracy": torch.zeros(1, 1)}))
+    rollout = Rollout([question], made(thought), [""], {"accuracy": torch.zeros(1, 1)})
+    policy = SimpleNamespace(model=None, tokenizer=tokenizer, folder=Path("unused"), ask=lambda *_, **__: rollout)
     monkeypatch.setattr(thinking, "generate", answer)
-    assert thinking.think_within(None, tokenizer, [question], 8, None, samples=1).tolist() == [1.0]
+    assert thinking.think_within(policy, [question], 8, samples=1).tolist() == [1.0]
     assert tokenizer.decode(asked[0][0]).endswith("<think>1+1=2;</think><answer>")
 
 
@@ -190,6 +187,12 @@ def test_commands_of_distillation_have_the_knobs_of_the_study(base, tmp_path):
     assert write.count == 1500 and write.base == str(base) and teach.seed == small.seed == 3 and pretrain.seed == 0
     assert small.steps == taught.steps == 60 and small.lr == 1e-3 and taught.base.endswith("distill-1-taught")
     assert len(exam.exam) == 5 and exam.eval_samples == 8 and not exam.resume
+
+
+def test_a_flag_beside_a_variant_reaches_the_runs_of_a_study():
+    config = lab.read_flags(RLConfig, ["--variant", "dapo", "--kl_beta", "0.001"], "")
+    run, = understood([lab.rl_command(config, "rl")])
+    assert (run.kl_beta, run.aggregate, run.clip_eps_high) == (0.001, "token", 0.28)
 
 
 def test_fp8_is_compared_with_bf16(base, tmp_path, capsys):

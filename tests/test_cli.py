@@ -1,5 +1,6 @@
 """data/io/cli.py: knobs that check themselves, flags both ways, devices, what a program is."""
 
+import json
 import os
 import platform
 import subprocess
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.io.checkpoint import FIELDS, config_from_hf, config_to_hf, load_preset, preset_names
-from data.io.cli import (Knobs, UserError, knob, nearest, parse_flags, pick_device, set_fields,
-                         to_flags)
+from data.io.checkpoint import FIELDS, PRESETS, config_from_hf, load_preset
+from data.io.cli import Knobs, UserError, knob, nearest, parse_flags, pick_device, set_fields, to_flags
 from data.io.run import newest_run
+from tests.conftest import refused
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,9 +41,6 @@ class Example(Knobs):
 GOOD = {"micro_batch": 5}  # divides the steps
 
 
-# -------------------------------------------------------------------------------------------- knobs
-
-
 @pytest.mark.parametrize("change, told", [
     ({"micro_batch": 0}, "micro_batch: got 0, wanted at least 1"),
     ({"micro_batch": True}, "micro_batch: got True, wanted a whole number"),
@@ -65,14 +63,11 @@ GOOD = {"micro_batch": 5}  # divides the steps
     ({"micro_batch": 3, "plain": "x"}, "plain: got 'x'"),  # types come before rules between fields
 ])
 def test_knobs_that_do_not_fit(change, told):
-    with pytest.raises(UserError) as error:
+    with refused(told):
         Example(**GOOD | change)
-    assert told in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change", [
-    {"lr": 1}, {"plain": -3}, {"steps": None}, {"shares": [1, 0.5]}, {"name": "x"},
-])
+@pytest.mark.parametrize("change", [{"lr": 1}, {"plain": -3}, {"steps": None}, {"shares": [1, 0.5]}, {"name": "x"}])
 def test_knobs_that_fit(change):
     for name, value in change.items():
         assert getattr(Example(**GOOD | change), name) == value
@@ -86,9 +81,6 @@ def test_a_frozen_dataclass_is_checked_too():
     assert Frozen().size == 3
     with pytest.raises(UserError, match="size: got 'x', wanted a whole number"):
         Frozen("x")
-
-
-# -------------------------------------------------------------------------------------------- flags
 
 
 def flags(words: str, **options) -> Example:
@@ -117,18 +109,13 @@ def test_dashes_and_underscores_are_one_spelling():
     (["--micro-bach", "3"], "unknown flag --micro-bach (did you mean '--micro_batch'?)"),
     (["--micro", "3"], "unknown flag --micro"),
     (["--micro_batc=3"], "unknown flag --micro_batc (did you mean '--micro_batch'?); --help lists all"),
-    (["--lr", "fast"], "--lr: got 'fast', wanted float"),
-    (["--micro_batch", "1.5"], "got '1.5', wanted int"),
-    (["--mode", "c"], "invalid choice: 'c'"),
-    (["--lr"], "expected one argument"),
-    (["one", "stray"], "unexpected argument 'stray'"),
-    (["--lr", "nan"], "lr: got nan, wanted a finite number"),
-    (["--resume=maybe"], "ignored explicit argument"),
-])
+    (["--lr", "fast"], "--lr: got 'fast', wanted float"), (["--micro_batch", "1.5"], "got '1.5', wanted int"),
+    (["--mode", "c"], "invalid choice: 'c'"), (["--lr"], "expected one argument"),
+    (["one", "stray"], "unexpected argument 'stray'"), (["--lr", "nan"], "lr: got nan, wanted a finite number"),
+    (["--resume=maybe"], "ignored explicit argument")])
 def test_flags_that_are_wrong(argv, words):
-    with pytest.raises(UserError) as error:
+    with refused(words):
         parse_flags(Example, argv, "")
-    assert words in str(error.value) and "\n" not in str(error.value)
 
 
 def test_help_shows_every_knob_with_its_default_and_one_spelling(capsys):
@@ -136,15 +123,13 @@ def test_help_shows_every_knob_with_its_default_and_one_spelling(capsys):
         parse_flags(Example, ["--help"], "what it does")
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0 and "what it does" in text and "--micro-batch" not in text
-    for words in ("--micro_batch int sequences [8]", "100% of the rate [0.001]", "--no-resume",
-                  "{a,b,middle}"):
+    for words in ("--micro_batch int sequences [8]", "100% of the rate [0.001]", "--no-resume", "{a,b,middle}"):
         assert words in text
     assert all(name in text for name in Example.__dataclass_fields__ if name != "plain")
 
 
 def test_presets_stand_between_defaults_and_flags():
-    presets = {"mode": {"b": {"lr": 0.5, "steps": 20}, "a": {"plain": 7.0}},
-               "name": {"fast": {"steps": 5}}}
+    presets = {"mode": {"b": {"lr": 0.5, "steps": 20}, "a": {"plain": 7.0}}, "name": {"fast": {"steps": 5}}}
     assert flags("--mode b", presets=presets) == Example(5, 0.5, steps=20, mode="b")
     assert flags("--mode b --steps 15", presets=presets) == Example(5, 0.5, steps=15, mode="b")
     assert flags("--mode b --steps 10", presets=presets).steps == 10  # given, though the default
@@ -158,8 +143,7 @@ def test_presets_stand_between_defaults_and_flags():
 @pytest.mark.parametrize("words, told", [
     ("--keep 0.1 0.2", "--keep is now --snapshots"), ("--keep=3", "--keep is now --snapshots"),
     ("--old-bench", "--old-bench is now python -m tests.bench.train"),
-    ("text --old_bench", "--old_bench is now python -m tests.bench.train"),
-])
+    ("text --old_bench", "--old_bench is now python -m tests.bench.train")])
 def test_flags_that_are_elsewhere_now_say_where(words, told):
     with pytest.raises(UserError) as error:
         flags(words, moved={"keep": "--snapshots", "old_bench": "python -m tests.bench.train"})
@@ -171,8 +155,7 @@ def test_flags_that_are_elsewhere_now_say_where(words, told):
     Example(5),
     Example(5, 3e-4, "x", None, True, "b", ["a=1", "b=2"], [0.1, 1.0], False, "hello there", 2.0),
     Example(5, 1e-30, "-x", text="-3+4=", set=["--a"]),
-    Example(5, name="", plain=-1.5, text="--lr"),
-])
+    Example(5, name="", plain=-1.5, text="--lr")])
 def test_to_flags_is_the_inverse_of_parse_flags(config):
     assert parse_flags(Example, to_flags(config), "") == config
 
@@ -181,9 +164,6 @@ def test_to_flags_of_some_names():
     config = Example(5, 0.5, "x", keep_routing=False)
     assert to_flags(config, ["lr", "keep_routing", "resume"]) == ["--lr=0.5", "--no-keep_routing"]
     assert to_flags(Example(8, steps=None), {"steps"}) == ["--steps=none"]
-
-
-# ---------------------------------------------------------------------------------------- key=value
 
 
 @dataclass(frozen=True)
@@ -207,20 +187,12 @@ def test_settings_become_keyword_arguments():
 
 @pytest.mark.parametrize("setting, told", [
     ("hidden_sice=3", "set: the model's config has no key 'hidden_sice' (did you mean 'hidden_size'?)"),
-    ("hidden_size=wide", "set: hidden_size: got 'wide', wanted int"),
-    ("hidden_size=1.5", "got '1.5', wanted int"),
-    ("hidden_size", "got '', wanted int"),
-    ("hidden_size=none", "got 'none', wanted int"),
-    ("norm_topk_prob=2", "norm_topk_prob: got '2', wanted bool"),
-    ("norm_topk_prob=", "wanted bool"),
-])
+    ("hidden_size=wide", "set: hidden_size: got 'wide', wanted int"), ("hidden_size=1.5", "got '1.5', wanted int"),
+    ("hidden_size", "got '', wanted int"), ("hidden_size=none", "got 'none', wanted int"),
+    ("norm_topk_prob=2", "norm_topk_prob: got '2', wanted bool"), ("norm_topk_prob=", "wanted bool")])
 def test_settings_that_are_wrong(setting, told):
-    with pytest.raises(UserError) as error:
+    with refused(told):
         set_fields(Sizes, [setting])
-    assert told in str(error.value) and "\n" not in str(error.value)
-
-
-# ------------------------------------------------------------------------------------ devices, runs
 
 
 def test_devices(monkeypatch):
@@ -248,16 +220,12 @@ def test_nearest_says_nothing_when_nothing_is_near():
     assert nearest("tinny", ["tiny"]) == " (did you mean 'tiny'?)"
     assert nearest("xyz", ["tiny"]) == ""
 
-
-# ------------------------------------------------------------------------- files of released models
-
 # facts from DeepSeek's and Moonshot's published config.json files
-NAMES = (
-    "hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank",
-    "kv_lora_rank", "intermediate_size", "moe_intermediate_size", "n_routed_experts",
-    "n_shared_experts", "vocab_size", "num_experts_per_tok", "n_group", "topk_group", "scoring_func",
-    "topk_method", "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers", "rope_theta",
-    "max_position_embeddings", "rms_norm_eps")
+NAMES = ("hidden_size", "num_hidden_layers", "first_k_dense_replace", "num_attention_heads", "q_lora_rank",
+         "kv_lora_rank", "intermediate_size", "moe_intermediate_size", "n_routed_experts",
+         "n_shared_experts", "vocab_size", "num_experts_per_tok", "n_group", "topk_group", "scoring_func",
+         "topk_method", "norm_topk_prob", "routed_scaling_factor", "num_nextn_predict_layers", "rope_theta",
+         "max_position_embeddings", "rms_norm_eps")
 RELEASED = {
     "v3": (7168, 61, 3, 128, 1536, 512, 18432, 2048, 256, 1, 129280, 8, 8, 4,
            "sigmoid", "noaux_tc", True, 2.5, 1, 1e4, 163840, 1e-6),
@@ -290,25 +258,10 @@ def test_presets_of_released_models_are_the_published_facts(name):
         assert config["rope_original_max_position_embeddings"] == 4096
 
 
-def test_presets_are_found_by_name():
-    assert set(preset_names()) >= {*RELEASED, "tiny", "small", "medium"}
-    with pytest.raises(UserError, match="preset: got 'tinny', wanted one of .*mean 'tiny'"):
-        load_preset("tinny")
-    with pytest.raises(UserError, match="preset"):
-        load_preset("../presets/v3")
-
-
-def test_config_json_both_ways():
-    for name in preset_names():
-        config = {"rope_factor": 1.0} | load_preset(name)
-        again = config_from_hf(config_to_hf(config))
-        assert {key: again.get(key, config[key]) for key in config} == config, name
-
-
 def test_mscale_counts_only_beside_mscale_all_dim():
     """As transformers has it."""
     yarn = {"type": "yarn", "factor": 4, "mscale": 0.7}
-    values = {"model_type": "deepseek_v3", "rope_scaling": yarn, "max_position_embeddings": 64}
+    values = json.loads((PRESETS / "tiny.json").read_text()) | {"rope_scaling": yarn, "max_position_embeddings": 64}
     assert config_from_hf(values)["rope_mscale"] == 1.0
     both = values | {"rope_scaling": yarn | {"mscale_all_dim": 1}}
     assert config_from_hf(both)["rope_mscale"] == 0.7
@@ -320,10 +273,6 @@ def test_every_field_of_the_model_has_a_place_in_config_json():
 
     rope = {name for name in Config.__dataclass_fields__ if name.startswith("rope_")}
     assert {*FIELDS, *rope} == Config.__dataclass_fields__.keys()
-
-
-# ----------------------------------------------------------------------------------------- programs
-
 
 IS_GLIBC = platform.libc_ver()[0] == "glibc" and os.path.exists("/proc/self/maps")
 
@@ -353,11 +302,9 @@ def test_programs_keep_the_memory_that_they_freed():
 
 
 @pytest.mark.parametrize("body, code, out, err", [
-    ("print('done')", 0, "done\n", ""),
-    ("raise cli.UserError('lr: wrong')", 2, "", "error: lr: wrong\n"),
+    ("print('done')", 0, "done\n", ""), ("raise cli.UserError('lr: wrong')", 2, "", "error: lr: wrong\n"),
     ("raise KeyboardInterrupt", 130, "", ""),
-    ("print('half'); sys.stdout.flush(); raise BrokenPipeError", 0, "half\n", ""),
-])
+    ("print('half'); sys.stdout.flush(); raise BrokenPipeError", 141, "half\n", "")])
 def test_a_program_ends_with_its_code_and_one_line(body, code, out, err):
     program = f"import sys\nfrom data.io import cli\ndef main(argv):\n    {body}\ncli.run_main(main)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)

@@ -1,17 +1,13 @@
 """Two gloo processes are one process: losses, weights, routing bias."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from data.io.run import RunFolder
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port, two_ranks
 from tests.test_train import QUICK, STEP, masked, random_batch, small_model
-from train import Dist, evaluate, make_optimizer, setup_distributed, train_step
+from train import Dist, evaluate, make_optimizer, train_step
 
 
 def three_steps(world: Dist, is_masked: bool):
@@ -31,19 +27,13 @@ def three_steps(world: Dist, is_masked: bool):
     return results, losses, used, model.state_dict()
 
 
-def worker(rank: int, world_size: int, port: int, folder: str, is_masked: bool):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = setup_distributed("cpu")
-    torch.save(three_steps(world, is_masked), f"{folder}/{rank}.pt")
-    world.close()
+def save_three_steps(world: Dist, folder: str, is_masked: bool):
+    torch.save(three_steps(world, is_masked), f"{folder}/{world.rank}.pt")
 
 
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_two_ranks_are_one(tmp_path, is_masked):
-    port = 29400 + os.getpid() % 500 + is_masked
-    mp.spawn(worker, args=(2, port, str(tmp_path), is_masked), nprocs=2)
+    two_ranks(save_three_steps, str(tmp_path), is_masked)
     alone = three_steps(Dist(), is_masked)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     for results, losses, used, state in ranks:
@@ -60,20 +50,13 @@ def test_two_ranks_are_one(tmp_path, is_masked):
         assert torch.equal(tensor, ranks[1][3][name]), f"{name} differs between ranks"
 
 
-def test_torchrun_gives_the_losses_of_one_process(tmp_path):
-    (tmp_path / "text").mkdir()
-    for i in range(200):  # one text in 32 is for validation
-        text = f"Tale {i}. " + "A small boat on the wide sea. " * 40
-        (tmp_path / "text" / f"{i}.txt").write_text(text)
+def test_torchrun_gives_the_losses_of_one_process(workplace, python):
     flags = ["--steps", "6", "--eval_every", "3", "--micro_batch", "8", *QUICK]
-    port = 29950 + os.getpid() % 40
-    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}"]
+    two = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
     for launcher, name in (([], "one"), (two, "two")):
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), *flags, "--name", name]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+        done = python(*launcher, str(ROOT / "train.py"), *flags, "--name", name, cwd=workplace)
         assert done.returncode == 0, done.stderr
-    rows = [RunFolder(tmp_path / "out" / name).rows() for name in ("one", "two")]
+    rows = [RunFolder(workplace / "out" / name).rows() for name in ("one", "two")]
     assert len(rows[0]) == len(rows[1]) == 7
     for a, b in zip(*rows):
         for column in ("ce", "mtp", "balance", "val_text", "train_text", "val_mtp"):

@@ -26,8 +26,6 @@ KNOBS = {"train.py": (TrainConfig, {"presets": {"preset": PRESET_KNOBS}, "moved"
          "rl.py": (RLConfig, {"presets": {"variant": VARIANTS, "recipe": RECIPES}}),
          "sample.py": (SampleConfig, {}), "-m data.tasks": (TraceConfig, {})}
 
-# --------------------------------------------------------------------------------------- the README
-
 
 def test_there_are_names_and_commands_to_check():
     assert len(NAMES) > 25 and len(LINK.findall(README)) > 25
@@ -59,9 +57,6 @@ def test_every_picture_is_there():
     assert len(pictures) >= 3
     for picture in pictures:
         assert (ROOT / picture).read_bytes()[:4] == b"\x89PNG", picture
-
-
-# ---------------------------------------------------------------------------------------- the chain
 
 CHAIN = ["data.io", "data.tasks", "data.text", *FIVE]  # each imports from what stands left of it
 PRODUCT = sorted([*ROOT.glob("*.py"), *(ROOT / "data").rglob("*.py")])
@@ -95,15 +90,12 @@ def test_a_file_imports_only_from_its_left(path):
     own = {here} if here.startswith("data.") else set()
     assert ours <= {*left, *own}
 
-
-# -------------------------------------------------------------------------------------------- sizes
-
 SIZES = {  # most lines, most top-level definitions
     "kernels.py": (520, 32),
     "model.py": (720, 22),
     "sample.py": (340, 22),
-    "train.py": (540, 22),
-    "rl.py": (620, 22),
+    "train.py": (580, 22),
+    "rl.py": (635, 22),
 }
 WIDE, WIDEST, SHARE_OF_WIDE = 100, 120, 0.05  # characters of a line; how many lines may be wide
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_r1_leaves_checkpoints_examples_and_a_table(finished):
     assert "pass@1 tests.toy:Same" in table and "pass@1 tests.toy:Other" in table
     lines = {line.split()[0]: re.findall(r"[\d.]+ %", line) for line in table.splitlines()[1:]}
     right = [float(shares[0].split()[0]) for shares in lines.values()]
-    assert list(lines)[1:] == [f"r1-{stage}" for stage in STAGES] and len(right) == 6
+    assert list(lines)[1:] == [f"{finished}/r1-{stage}" for stage in STAGES] and len(right) == 6
     assert right[2] > 60 > 20 > right[1]  # the cold start teaches, RL on random weights does not
     good = read_examples(finished / "r1-good.jsonl")
     assert len(good) == 24 and all(is_readable(text, {"0=0"}) for _, text in good)
@@ -66,17 +67,21 @@ def test_what_is_finished_is_passed_over_and_nothing_is_written_over(base, finis
     before, notes = weights(finished), finished / "r1.json"
     knobs = QUICK | {"base": str(base), "out": str(finished), "name": "r1"}
     commands = r1_commands(RLConfig(**knobs))
-    notes.write_text(json.dumps(commands))
+    of = json.loads(notes.read_text())["of"]
+    notes.write_text(json.dumps({"of": of, "finished": commands}))
     stamps = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     capsys.readouterr()
     assert rl.main(flags(base, finished, "--resume"))
     assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
-    assert capsys.readouterr().out == ""
-    notes.write_text(json.dumps(commands[:-2]))  # as if cut off behind the last step of RL
+    assert "all 9 commands are finished" in capsys.readouterr().out
+    notes.write_text(json.dumps({"of": "another base", "finished": commands[:-2]}))
+    with pytest.raises(UserError, match="has changed since"):
+        rl.main(flags(base, finished, "--resume"))
+    notes.write_text(json.dumps({"of": of, "finished": commands[:-2]}))  # cut off behind the last step of RL
     assert rl.main(flags(base, finished, "--resume"))
     out = capsys.readouterr().out
     assert "resumed at step 2 of 2" in out and out.count("\n$ python") == 2 and "readable" in out
-    assert weights(finished) == before and json.loads(notes.read_text()) == commands
+    assert weights(finished) == before and json.loads(notes.read_text())["finished"] == commands
 
 
 def test_a_recipe_that_is_cut_off_continues(base, finished, tmp_path, monkeypatch, capsys):
@@ -84,8 +89,7 @@ def test_a_recipe_that_is_cut_off_continues(base, finished, tmp_path, monkeypatc
     out, more = tmp_path / "out", []
     for stop in (2 + 2, 58 + 1):
         asked = itertools.count()
-        is_set = property(lambda it, stop=stop, asked=asked: next(asked) >= stop,
-                          lambda it, value: None)
+        is_set = property(lambda it, stop=stop, asked=asked: next(asked) >= stop, lambda it, value: None)
         with monkeypatch.context() as patch:
             patch.setattr("data.io.run.StopSignal.is_set", is_set, raising=False)
             assert rl.main(flags(base, out, *more)) is False
@@ -106,7 +110,7 @@ def test_fine_tuning_mixes_in_plain_text(base, tmp_path, monkeypatch, capsys):
     argv = f"{SMALL_SFT} --init_from {base} --data examples:some.jsonl --steps 2 --precision fp32"
     for name, more in (("plain", []), ("mixed", ["--mix", "a.txt"])):
         assert rl.train.main([*shlex.split(argv), "--name", name, *more])
-        assert "2 examples, 1 of them longer than 48 tokens" in capsys.readouterr().out
+        assert "2 examples; 1 of them (50%) are longer than --seq_len 48 and left out" in capsys.readouterr().out
     rows = [RunFolder(tmp_path / "out" / name).rows() for name in ("plain", "mixed")]
     assert len(rows[0]) == len(rows[1]) == 3 and rows[0][1]["ce"] != rows[1][1]["ce"]
 
@@ -124,18 +128,25 @@ def test_checkpoints_are_examined_beside_each_other(base, finished, tmp_path, ca
     assert rl.main(flags(base, tmp_path, *argv, recipe=""))
     out = capsys.readouterr().out
     assert (tmp_path / "both.txt").read_text(encoding="utf-8") == out
-    assert [line.split()[0] for line in out.splitlines()[1:]] == [base.name, "r1-1-cold-start"]
+    assert [line.split()[0] for line in out.splitlines()[1:]] == argv[1:3]  # as typed
+    same = [shutil.copytree(finished / f"r1-{stage}", tmp_path / stage / "rl")
+            for stage in ("0-zero", "1-cold-start")]  # two of one name
+    assert rl.main(flags(base, tmp_path, "--exam", *map(str, same), recipe="", name="same"))
+    low, high = capsys.readouterr().out.splitlines()[1:]
+    assert [low.split()[0], high.split()[0]] == [str(path) for path in same]
+    assert low.split()[1:] != high.split()[1:]
     with pytest.raises(UserError, match="no checkpoint in nowhere"):
         rl.main(flags(base, tmp_path, "--exam", "nowhere", recipe=""))
 
 
 @pytest.mark.parametrize("changes", [
     {}, {"task": "chain", "out": "my out"}, {"variant": "dapo", "seed": 3, "steps": 7},
+    {"variant": "dapo", "kl_beta": 0.001},  # a default that the variant's own value must not win over
     {"clip_eps_high": 0.3, "keep_routing": False, "kl_beta": 0.5, "mix": ""}], ids=str)
 def test_every_command_can_be_typed_and_says_what_is_meant(changes):
     knobs = RECIPES["r1"] | VARIANTS[changes.get("variant", "grpo")] | {"recipe": "r1"} | changes
     config, names = RLConfig(**knobs), []
-    others = {"name", "task", "base", "recipe", "exam", "write", "sft_steps", "sft_lr", "mix"}
+    others = {"name", "task", "base", "recipe", "variant", "exam", "write", "sft_steps", "sft_lr", "mix"}
     for command in r1_commands(config):
         words = shlex.split(command.removeprefix("python "))
         if words[0] == "rl.py":

@@ -9,8 +9,6 @@ import torch
 from data.io.cli import parse_flags
 from rl import VARIANTS, RLConfig, group_advantages, overlong_penalty, policy_loss, token_weights
 
-# -------------------------------------------- the formulas once more, one number at a time, float64
-
 
 def twin_advantages(rewards: list[list[float]], divide_by_std: bool) -> list[float]:
     out = []
@@ -128,8 +126,7 @@ def test_on_policy_gradient_is_the_plain_policy_gradient_and_kl_is_zero():
 
 def test_long_answers_weigh_as_each_paper_says():
     mask = torch.arange(6) < torch.tensor([[2], [6]])
-    answer, token, constant = (token_weights(mask, 2, how, 6)
-                               for how in ("answer", "token", "constant"))
+    answer, token, constant = (token_weights(mask, 2, how, 6) for how in ("answer", "token", "constant"))
     assert answer[0, 0] == 3 * answer[1, 0]  # per token, a long answer counts less in GRPO
     assert token[0, 0] == token[1, 0] and token.sum() == pytest.approx(1)
     assert constant[0, 0] == constant[1, 0] == pytest.approx(1 / 12)

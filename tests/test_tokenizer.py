@@ -2,14 +2,19 @@
 
 import json
 import random
+import time
+from types import SimpleNamespace
 
 import pytest
 import regex
 import tiktoken
 
 from data.io.cli import UserError
-from data.text.tokenizer import (DEEPSEEK_PATTERN, PATTERN, SPECIALS, byte_letters, load_tokenizer,
-                                 main, train_bpe, with_specials)
+from data.text.bpe import teller
+from data.text.files import row_text
+from data.text.tokenizer import (DEEPSEEK_PATTERN, PATTERN, SHOWN, SPECIALS, byte_letters, check_belongs,
+                                 load_tokenizer, main, train_bpe, with_specials)
+from tests.conftest import refused
 
 POOLS = ("abcdefghij ", "  \n\t\r", "0123456789", "漢字かなカナ한", "éüßñ\u0301\u0308",
          "!?.,;:<>|▁｜/\\", "\u200b\u3000\xa0\ufeff", "😀👩‍👩‍👧", "שלוםہिथ", "ⅣⅫ²³٣", "\x00\x07\ue000")
@@ -19,8 +24,7 @@ WORDS = ("abc", "ing", " the", "tion", "ed", "er", "self", ".", "_", " in", "re"
 
 def random_texts(count: int, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
-    mixed = ["".join(rng.choice(rng.choice(POOLS)) for _ in range(rng.randrange(60)))
-             for _ in range(count)]
+    mixed = ["".join(rng.choice(rng.choice(POOLS)) for _ in range(rng.randrange(60))) for _ in range(count)]
     return mixed + ["".join(rng.choices(WORDS, k=30)) for _ in range(count)]
 
 
@@ -68,8 +72,7 @@ def test_bytes_stream_through_a_broken_character_and_unknown_ids():
 
 def slow_bpe(texts: list[str], size: int) -> dict[bytes, int]:
     """Count all pairs anew for every merge; ties go to the smaller pair."""
-    words = [[bytes([b]) for b in word.encode()]
-             for text in texts for word in regex.findall(PATTERN, text)]
+    words = [[bytes([b]) for b in word.encode()] for text in texts for word in regex.findall(PATTERN, text)]
     ranks = {bytes([b]): b for b in range(256)}
     while len(ranks) < size:
         pairs = [pair for word in words for pair in zip(word, word[1:])]
@@ -87,11 +90,28 @@ def slow_bpe(texts: list[str], size: int) -> dict[bytes, int]:
 
 
 def test_trainer_equals_counting_everything_anew():
-    texts = ["the cat sat on the mat; the cats ate aaaa aaaaaaa abababab",
-             "banana bandana cabana. über üben"]
+    texts = ["the cat sat on the mat; the cats ate aaaa aaaaaaa abababab", "banana bandana cabana. über üben"]
     assert train_bpe(texts, 300) == slow_bpe(texts, 300)
     assert train_bpe(texts, 10_000) == slow_bpe(texts, 10_000)  # ends with nothing left to join
+    for text in random_texts(40, seed=2):
+        assert train_bpe([text * 3], 330) == slow_bpe([text * 3], 330), repr(text)
     assert len(train_bpe([], 300)) == 256
+
+
+@pytest.mark.parametrize("letters", ["漢字日本語中国人大小山川水火木金土", "abcdefghijklmnopqrstuvwxyzABCDE"])
+def test_a_text_without_spaces_takes_as_long_as_one_with_them(letters):
+    text = "".join(random.Random(0).choices(letters, k=64_000))
+    started = time.process_time()
+    ranks = train_bpe([text], 1000)
+    assert time.process_time() - started < 3  # 0.2 s; 15 s where each merge walks through the text
+    assert len(ranks) == 1000 and max(map(len, train_bpe(["a" * 64_000], 999))) <= 256
+
+
+def test_a_long_training_says_how_far_it_is(monkeypatch):
+    now, said = iter(range(0, 10_000, 4)), []
+    monkeypatch.setattr("data.text.bpe.time.monotonic", lambda: next(now))
+    train_bpe(["one two three " * 9] * 9, 270, tell=teller(said.append))
+    assert "million characters counted" in said[0] and said[-1].endswith("of 270 ranks")
 
 
 def test_trained_tokenizer_is_saved_and_read_again(tmp_path):
@@ -105,24 +125,20 @@ def test_trained_tokenizer_is_saved_and_read_again(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_training_on_the_users_text_from_the_command_line(tmp_path, exit_code, capsys):
+def test_training_on_the_users_text_from_the_command_line(tmp_path, exit_code, refuses, capsys):
     text, out = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("some words, some more words\n\nand words again " * 50)
     assert exit_code(main, text, 290, out) == 0
     assert load_tokenizer(out).vocab_size == 290
     assert "16 specials in" in capsys.readouterr().out
-    for argv in ((text, 12, out), (text, "x", out), (text, 290), ()):
-        assert exit_code(main, *argv) == 2
-        said = capsys.readouterr().err
-        assert "wanted: python -m data.text.tokenizer TEXTS SIZE DIRECTORY" in said
-        assert said.count("\n") == 1
-    assert exit_code(main, tmp_path / "nowhere", 290, out) == 2
-    assert "holds no text" in capsys.readouterr().err
+    for argv in ((text, 12, out), (text, "x", out), (text, "9" * 5000, out), (text, 290), ()):
+        refuses(main, "wanted: python -m data.text.tokenizer TEXTS SIZE DIRECTORY", *argv)
+    refuses(main, "holds no text", tmp_path / "nowhere", 290, out)
 
 
 def test_a_tokenizer_that_cannot_be_saved_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write .*tokenizer.json"):
+    with pytest.raises(UserError, match="cannot write .*tokenizer.*json"):
         load_tokenizer("plainseek:300").save(tmp_path / "file")
 
 
@@ -130,28 +146,73 @@ def test_a_tokenizer_that_cannot_be_saved_is_one_line(tmp_path):
 def test_transformers_gives_the_same_ids(name, tmp_path):
     transformers = pytest.importorskip("transformers")
     tokenizer = load_tokenizer(name)
-    tokenizer.save(tmp_path)
+    tokenizer.save(tmp_path, context=64)
     (tmp_path / "config.json").write_text('{"model_type": "deepseek_v3"}')  # as in a checkpoint
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert len(theirs) == tokenizer.vocab_size
     assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id)
     ids = [tokenizer.specials[token] for token in SPECIALS]
     assert theirs.convert_tokens_to_ids(list(SPECIALS)) == ids
+    assert theirs("4-6=")["input_ids"] == [tokenizer.bos_id, *tokenizer.encode("4-6=")]
+    assert theirs.model_max_length == 64
+    shown = "<｜User｜>4-6=<｜Assistant｜><think>4-6=8</think><answer>8</answer>"
+    made = [tokenizer.bos_id, *tokenizer.encode_trusted(shown), tokenizer.eos_id, ids[2]]
+    assert theirs.decode(made, skip_special_tokens=True) == shown
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert [generation.bos_token_id, generation.eos_token_id, generation.pad_token_id] == ids[:3]
+    assert generation.temperature == 0.8 and generation.do_sample
     for text in TEXTS:
         trusted = theirs.encode(text, add_special_tokens=False)
         plain = theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
         assert trusted == tokenizer.encode_trusted(text), repr(text)
-        assert plain == tokenizer.encode(text), repr(text)
+        if not any(mark in text for mark in SHOWN):  # which Hugging Face's takes for special nowhere
+            assert plain == tokenizer.encode(text), repr(text)
     messages = [{"role": "user", "content": "4-6="}]
     chat = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert chat == "<｜begin▁of▁sentence｜><｜User｜>4-6=<｜Assistant｜>"
+    messages = [{"role": "system", "content": "Short."}, *messages, {"role": "assistant", "content": "8"}]
+    chat = theirs.apply_chat_template(messages, tokenize=False)
+    assert chat == SPECIALS[0] + row_text({"messages": messages}) + SPECIALS[1]
+
+
+def test_what_lies_beside_a_tokenizer_goes_on_with_it(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    load_tokenizer("plainseek:300").save(one)
+    theirs = {"tokenizer_config.json": '{"chat_template": "mine",\r\n "model_max_length": 7}',
+              "special_tokens_map.json": "{}", "generation_config.json": '{"eos_token_id": [285, 3]}',
+              "chat_template.jinja": "{{ mine }}\n"}
+    for name, text in theirs.items():
+        (one / name).write_bytes(text.encode())
+    load_tokenizer(one).save(two, context=64)
+    assert {file.name: file.read_bytes() for file in one.iterdir()} == {
+        file.name: file.read_bytes() for file in two.iterdir()}
+    load_tokenizer("plainseek:300").save(two)  # and not with another
+    assert sorted(file.name for file in two.iterdir()) == [
+        "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    (one / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="cannot be used"):
+        load_tokenizer(one)
+
+
+@pytest.mark.parametrize("vocab_size, bos, eos, words", [
+    (299, 284, 285, "got 300 ids, wanted at most vocab_size 299"),
+    (1024, 1008, 285, "its begin token has the id 284, wanted bos_token_id 1008"),
+    (1024, 284, 1009, "its end token has the id 285, wanted eos_token_id 1009"),
+    (1024, 284, [1009, 5], r"wanted eos_token_id \[1009, 5\]"),
+    (300, 284, 285, ""), (1024, 284, [3, 285], ""), (300, None, None, "")])
+def test_a_tokenizer_beside_a_model_belongs_to_it(vocab_size, bos, eos, words):
+    sizes = SimpleNamespace(vocab_size=vocab_size, bos_token_id=bos, eos_token_id=eos)
+    arguments = load_tokenizer("plainseek:300"), sizes
+    if not words:
+        return check_belongs(*arguments)
+    with pytest.raises(UserError, match="tokenizer plainseek:300: it belongs to another model: .*" + words):
+        check_belongs(*arguments)
 
 
 def deepseek_shaped(path):
     """A small tokenizer.json in the form of DeepSeek-V3's.
 
-    Ids of specials come first, there are three splits, and merges are in order.
-    """
+    Ids of specials come first, there are three splits, and merges are in order."""
     tokenizers = pytest.importorskip("tokenizers")
     texts = [text for text in TEXTS if text] + ["hello world, 漢字漢字 12345 " * 20]
     ranks = train_bpe(texts, 400, r"\s?\S+")
@@ -191,15 +252,14 @@ def test_deepseeks_three_splits_in_one_pattern_give_its_ids(tmp_path):
 
 
 @pytest.mark.parametrize("name, hint", [
-    ("plainseak", "did you mean 'plainseek'"), ("plainseek:77", "from 272 to 4096"),
-    ("plainseek:x", "from 272 to 4096"), ("nowhere/dir", "tokenizer.json")])
+    ("plainseak", "did you mean 'plainseek'"), ("plainseek:77", "from 272 to 4096"), ("nowhere/dir", "tokenizer.json"),
+    ("plainseek:x", "from 272 to 4096"), ("plainseek:" + "9" * 5000, "cannot be used")])
 def test_unknown_names_are_one_line(name, hint):
-    with pytest.raises(UserError) as error:
+    with refused(hint):
         load_tokenizer(name)
-    assert hint in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pre_tokenizer": null}',
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, '{"a":' * 100_000, '{"pre_tokenizer": null}',
                                   '{"pre_tokenizer": {"type": "Whitespace"}}'])
 def test_foreign_tokenizer_files_are_one_line(text, tmp_path):
     (tmp_path / "tokenizer.json").write_text(text)
@@ -207,14 +267,28 @@ def test_foreign_tokenizer_files_are_one_line(text, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_ids_out_of_merge_order_are_refused(tmp_path):
+@pytest.mark.parametrize("place, token, value", [
+    ("vocab", "a", -1), ("vocab", "a", 1 << 24), ("vocab", "a", 1 << 70), ("vocab", "a", 98),
+    ("vocab", "a", "97"), ("vocab", "a", 97.0), ("vocab", "a", None), ("vocab", "a", True),
+    ("vocab", "a", 286), ("vocab", "a", [1]), ("vocab", "zzz", 999), ("vocab", "", 999),
+    ("vocab", "a", "gone"), ("added_tokens", "<think>", 97), ("added_tokens", "<think>", -5),
+    ("added_tokens", "<think>", 1 << 40), ("added_tokens", "<think>", None), ("merges", "", "reversed")])
+def test_damaged_ids_are_one_line(place, token, value, tmp_path):
     load_tokenizer("plainseek:300").save(tmp_path)
     path = tmp_path / "tokenizer.json"
     values = json.loads(path.read_text())
-    values["model"]["merges"].reverse()
+    if place == "vocab":
+        values["model"]["vocab"][token] = value
+        if value == "gone":
+            del values["model"]["vocab"][token]
+    elif place == "merges":
+        values["model"]["merges"].reverse()
+    else:
+        next(row for row in values[place] if row["content"] == token)["id"] = value
     path.write_text(json.dumps(values))
-    with pytest.raises(UserError, match="order"):
+    with pytest.raises(UserError, match="cannot be used") as error:
         load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(path))
 
 
 def test_a_tokenizer_that_must_be_downloaded_fails_with_an_offline_choice(monkeypatch):
@@ -228,8 +302,7 @@ def test_a_tokenizer_that_must_be_downloaded_fails_with_an_offline_choice(monkey
 
 def test_gpt2_keeps_its_ids_and_gets_our_specials(monkeypatch):
     ranks = {bytes([b]): b for b in range(256)}
-    small = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks,
-                              special_tokens={"<|endoftext|>": 256})
+    small = tiktoken.Encoding("gpt2", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: small)
     tokenizer = load_tokenizer("gpt2")
     assert tokenizer.specials["<|endoftext|>"] == 256

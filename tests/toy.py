@@ -54,6 +54,36 @@ class Broken(Letters):
         return {"accuracy": 1 / completion.count("\0")}
 
 
+class Picky(Letters):
+    """A verifier that breaks on some answers of a policy, and not on its own."""
+
+    def reward(self, problem, completion):
+        if "e" in completion.removeprefix("<think></think><answer>").removesuffix("</answer>"):
+            raise RuntimeError("an e")
+        return super().reward(problem, completion)
+
+
+class Shares(Letters):
+    """Half right is an answer with an "e", right one with a "g"; nothing is said of its form."""
+
+    def reward(self, problem, completion):
+        return {"accuracy": 1.0 if "g" in completion else 0.5 * ("e" in completion)}
+
+
+class Longish(Letters):
+    """Every other question is too long for most contexts."""
+
+    def make(self, rng):
+        return Problem("say " * rng.choice([1, 200]) + str(rng.randrange(100_000)), "g")
+
+
+class Long(Letters):
+    """All are."""
+
+    def make(self, rng):
+        return Problem("say " * 200 + str(rng.randrange(100_000)), "g")
+
+
 class OneQuestion(Letters):
     """The test split is empty."""
 

@@ -5,12 +5,18 @@ views into a model; safetensors files, written whole or not at all. Nothing is e
 """
 
 import glob
+import hashlib
 import json
 import os
-from contextlib import ExitStack, contextmanager, suppress
+import shutil
+import sys
+import uuid
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -18,6 +24,17 @@ from torch import Tensor
 from data.io.cli import UserError, nearest
 
 SHARD_BYTES = 5_000_000_000  # one safetensors file holds at most this much
+MODEL_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{model_type}, plainseek]
+---
+A {model_type} model with {num_hidden_layers} layers, {n_routed_experts} experts ({num_experts_per_tok} of them for
+each token) and {total:,} parameters, trained with plainseek.
+
+    from transformers import pipeline
+    pipeline("text-generation", "THIS FOLDER")([{{"role": "user", "content": "4-6+3*7="}}])
+"""
 PRESETS = Path(__file__).parent.parent / "presets"
 
 # ------------------------------------------------------------------------------------- whole files
@@ -27,41 +44,140 @@ PRESETS = Path(__file__).parent.parent / "presets"
 def written_aside(path: str | Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` when the block ends well: whole, or not at all.
 
+    It lies in a folder of its own, so that what a library puts beside it goes with it.
     Raises UserError when the disk is full or the folder cannot be written.
     """
     path = Path(path)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    folder = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(path)
-        yield aside
-        with open(aside, "rb+") as file:
+        remove_abandoned(path.parent, glob.escape(path.name))
+        folder.mkdir(exist_ok=True)
+        yield folder / path.name
+        with open(folder / path.name, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.chmod(folder / path.name, 0o666 & ~_umask())  # some libraries write for the owner alone
+        os.replace(folder / path.name, path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}; the earlier file is untouched") from None
     finally:
-        with suppress(OSError):
-            aside.unlink()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that were killed have left beside `path`."""
-    for aside in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        pid = aside.name[len(path.name) + 1 : -len(".part")]
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def remove_abandoned(folder: Path, names: str = "*") -> None:
+    """Remove what processes that were killed have left in a folder of the files of these names."""
+    for aside in folder.glob(f"{names}.*.part"):
+        pid = aside.name.split(".")[-2]
         if os.name == "posix" and pid.isdecimal():  # elsewhere signal 0 is no question
             try:
                 os.kill(int(pid), 0)
             except (ProcessLookupError, OverflowError):
-                aside.unlink(missing_ok=True)
+                shutil.rmtree(aside, ignore_errors=True)
             except PermissionError:  # it runs, as somebody else's
                 pass
 
 
-def write_json(path: str | Path, value) -> None:
-    """Write JSON so that a reader sees the earlier file or this one. Raises UserError."""
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text so that a reader sees the earlier file or this one. Raises UserError."""
     with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value) -> None:
+    """The same for JSON."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file. Raises FileNotFoundError, and UserError for anything else than an object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {type(error).__name__} {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: got a {type(value).__name__}, wanted a JSON object")
+    return value
+
+
+# ------------------------------------------------------------------- tensors that know their checksum
+
+
+def checksum(name: str, tensor: Tensor) -> str:
+    """Of name, dtype, shape and every bit: 16 hexadecimal digits of a sha256."""
+    hasher = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return hasher.hexdigest()[:16]
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict, one_of: str = "") -> None:
+    """A safetensors file with the checksum of each tensor and of the notes (JSON) in its metadata.
+
+    one_of: what all files of one set have in common.
+    """
+    own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}  # no shared memory
+    sums = {name: checksum(name, tensor) for name, tensor in own.items()}
+    text = json.dumps(notes)
+    sums["notes"] = hashlib.sha256((text + one_of).encode()).hexdigest()[:16]
+    metadata = {"format": "pt", "notes": text, "set": one_of, "checksums": json.dumps(sums)}
+    save_file(own, path, metadata=metadata)
+    with open(path, "rb+") as file:  # safetensors writes metadata in any order: the same run, the same file
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = metadata
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(ordered) <= length:
+            file.seek(8)
+            file.write(ordered.ljust(length))
+
+
+class TensorFile:
+    """A safetensors file, ours or another's: `notes`, and tensors that are checked as they are read.
+
+    Another's has no checksums: `sums` is None, and its tensors are taken as they are.
+    Raises UserError for a file that is damaged.
+    """
+
+    def __init__(self, path: str | Path, is_ours: bool = False):
+        self.path = Path(path)
+        try:
+            self.file = safe_open(path, framework="pt")
+            metadata = self.file.metadata() or {}
+            self.sums = json.loads(metadata["checksums"]) if is_ours or "checksums" in metadata else None
+            text, self.one_of = metadata.get("notes", "{}"), metadata.get("set", "")
+            self.notes = json.loads(text)
+            told = self.sums and self.sums["notes"]
+        except FileNotFoundError:
+            raise
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UserError(f"{path}: cannot be read ({type(error).__name__} {error}): "
+                            "the file is damaged or foreign") from None
+        if self.sums and told != hashlib.sha256((text + self.one_of).encode()).hexdigest()[:16]:
+            raise UserError(f"{path}: its notes are damaged (checksum)")
+
+    def keys(self) -> list[str]:
+        return list(self.file.keys())
+
+    def shape(self, name: str) -> list[int]:
+        """The shape of a tensor, which is not read."""
+        return self.file.get_slice(name).get_shape()
+
+    def get(self, name: str) -> Tensor:
+        """A tensor. Raises UserError when its bits are not those that were written."""
+        try:
+            tensor = self.file.get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(f"{self.path}: {name} cannot be read: {error}") from None
+        if self.sums is not None and self.sums.get(name) != checksum(name, tensor):
+            raise UserError(f"{self.path}: {name} is damaged (checksum): take another copy of this file")
+        return tensor
 
 
 # ------------------------------------------------------------------------------------- config.json
@@ -76,9 +192,15 @@ FIELDS = (  # of model.Config that config.json has under the same name; those of
 )
 ONLY = {"hidden_act": "silu", "tie_word_embeddings": False, "moe_layer_freq": 1, "mlp_bias": False,
         "rope_interleave": True, "quantization_config": None, "index_topk": None}
+ROPE_KEYS = {"type", "rope_type", "rope_theta", "factor", "beta_fast", "beta_slow", "mscale",
+             "mscale_all_dim", "original_max_position_embeddings"}
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
+          "num_attention_heads", "n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "n_group",
+          "topk_group", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # they decide shapes or the arithmetic
 ASSUMED = {  # per model_type, what holds where the file says nothing
     "deepseek_v3": {},
     "kimi_k2": {},
+    "plainseek": {},  # what neither of transformers' classes computes
     "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False,
                     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
                     "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0},
@@ -100,6 +222,9 @@ def config_from_hf(values: dict) -> dict:
     if values.get("num_key_value_heads") not in (None, values.get("num_attention_heads")):
         raise UserError("config.json: num_key_value_heads differs from num_attention_heads, "
                         "MLA has one latent")
+    for key in NEEDED:
+        if values.get(key) is None and key not in ASSUMED[kind]:
+            raise UserError(f"config.json: {key} is missing, wanted a number: no size is guessed")
     given = {key: value for key, value in values.items()
              if key in FIELDS and (value is not None or key == "q_lora_rank")}
     return ASSUMED[kind] | given | _rope_from_hf(values)
@@ -107,17 +232,22 @@ def config_from_hf(values: dict) -> dict:
 
 def _rope_from_hf(values: dict) -> dict:
     """The `rope_*` fields out of either form of config.json."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope = next((values[key] for key in ("rope_parameters", "rope_scaling") if values.get(key) is not None), {})
     if not isinstance(rope, dict):
         raise UserError(f"config.json: rope settings are {rope!r}, wanted an object")
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "yarn"):
         raise UserError(f"config.json: rope type is {kind!r}, wanted 'default' or 'yarn'")
-    out = {"rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10000.0}
+    for key, value in rope.items():
+        if key not in ROPE_KEYS and value is not None:
+            raise UserError(f"config.json: rope setting {key} = {value!r} is not known here, and may change "
+                            "the arithmetic")
+    theta = rope.get("rope_theta", values.get("rope_theta"))
+    out = {"rope_theta": 10000.0 if theta is None else theta}
     if kind == "yarn":
         assumed = {"factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0,
                    "original_max_position_embeddings": values.get("max_position_embeddings")}
-        out |= {f"rope_{key}": rope.get(key) or value for key, value in assumed.items()}
+        out |= {f"rope_{key}": value if rope.get(key) is None else rope[key] for key, value in assumed.items()}
         if not out["rope_mscale_all_dim"]:
             out["rope_mscale"] = 1.0  # transformers looks at mscale only where both are given
     return out
@@ -127,11 +257,16 @@ def config_to_hf(fields: dict) -> dict:
     """The fields of model.Config as a `config.json` in its public form, which transformers loads."""
     rope = {name.removeprefix("rope_"): value for name, value in fields.items()
             if name.startswith("rope_") and name != "rope_theta"}
-    is_v3 = fields["topk_method"] == "noaux_tc"
+    is_v3 = fields["topk_method"] == "noaux_tc" and fields["scoring_func"] == "sigmoid"
+    is_v2 = (fields["topk_method"] != "noaux_tc" and fields["scoring_func"] == "softmax"
+             and not fields["norm_topk_prob"])
+    name, kind = ("DeepseekV3", "deepseek_v3") if is_v3 else ("DeepseekV2", "deepseek_v2")
+    if not (is_v3 or is_v2):  # transformers would load it and compute something else
+        name, kind = "Plainseek", "plainseek"
     others = {name: value for name, value in fields.items() if name.removeprefix("rope_") not in rope}
     return others | {
-        "architectures": ["DeepseekV3ForCausalLM" if is_v3 else "DeepseekV2ForCausalLM"],
-        "model_type": "deepseek_v3" if is_v3 else "deepseek_v2",
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": kind,
         "num_key_value_heads": fields["num_attention_heads"],
         "rope_scaling": rope | {"type": "yarn"} if fields["rope_factor"] > 1 else None,
         "hidden_act": "silu",
@@ -140,22 +275,21 @@ def config_to_hf(fields: dict) -> dict:
     }
 
 
-def load_config(directory: str | Path) -> dict:
-    """Keyword arguments of model.Config from a checkpoint directory.
+def load_config(directory: str | Path, make: Callable = dict):
+    """What `make` (model.Config) makes of a checkpoint directory's config.json: make(**values).
 
-    Raises UserError when there is no config.json or it is another model's.
+    Raises UserError when there is none, it is another model's, or sizes do not fit together.
     """
     path = Path(directory) / "config.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = config_from_hf(read_json(path))
     except FileNotFoundError:
-        raise UserError(f"no checkpoint in {directory}: {path.name} is missing "
+        raise UserError(f"no checkpoint in {directory}: config.json is missing "
                         "(python train.py makes one)") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: got a {type(values).__name__}, wanted a JSON object")
-    return config_from_hf(values)
+    try:
+        return make(**values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def preset_names() -> tuple[str, ...]:
@@ -172,7 +306,7 @@ def load_preset(name: str) -> dict:
     names = preset_names()
     if name not in names:
         raise UserError(f"preset: got {name!r}, wanted one of {', '.join(names)}{nearest(name, names)}")
-    return config_from_hf(json.loads((PRESETS / f"{name}.json").read_text(encoding="utf-8")))
+    return config_from_hf(read_json(PRESETS / f"{name}.json"))
 
 
 # ---------------------------------------------------------------------------------- published names
@@ -217,8 +351,10 @@ def published_names(state: dict[str, Tensor], num_hidden_layers: int,
 
 
 def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict,
-                 shard_bytes: int = SHARD_BYTES) -> None:
-    """Write config.json and model.safetensors, or shards of `shard_bytes` with their index.
+                 shard_bytes: int = SHARD_BYTES, tokenizer=None) -> None:
+    """Write config.json, model.safetensors or shards of `shard_bytes` with their index, and the tokenizer.
+
+    The weights note which tokenizer they were saved with.
 
     All files are complete on disk before the first one takes its place. Raises UserError.
     """
@@ -230,51 +366,105 @@ def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict
             size = 0
         shards[-1][name] = tensor
         size += tensor.nbytes
-    files, contents = ["model.safetensors"], {"config.json": config}
+    files, contents, one_of = ["model.safetensors"], {"config.json": config}, ""
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        one_of = uuid.uuid4().hex  # shards of two saves are not one model
         total = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": total, "set": one_of}, "weight_map": weight_map}
         contents["model.safetensors.index.json"] = index
+    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in contents.items()}
+    if "model_type" in config and not (directory / "README.md").exists():  # a card of the user's own stays
+        texts["README.md"] = MODEL_CARD.format(**config, total=sum(t.numel() for t in tensors.values()))
+    notes, context = {}, config.get("max_position_embeddings")
+    if tokenizer is not None:
+        notes["tokenizer"] = hashlib.sha256(tokenizer.files(context)["tokenizer.json"]).hexdigest()[:16]
     with ExitStack() as stack:
-        for name, value in contents.items():
-            aside = stack.enter_context(written_aside(directory / name))
-            aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        for name, text in texts.items():
+            stack.enter_context(written_aside(directory / name)).write_text(text, encoding="utf-8")
         for name, shard in zip(files, shards):
-            aside = stack.enter_context(written_aside(directory / name))
-            own = {key: view.clone().contiguous() for key, view in shard.items()}  # views share memory
-            save_file(own, aside, metadata={"format": "pt"})
+            write_tensors(stack.enter_context(written_aside(directory / name)), shard, notes, one_of)
     for stale in directory.glob("model*.safetensors*"):  # of a save with another number of shards
-        if stale.name not in (*files, *contents):
+        if stale.name not in (*files, *contents) and stale.is_file():
             stale.unlink()
+    if tokenizer is not None:
+        tokenizer.save(directory, context)
 
 
-def open_weights(directory: str | Path) -> dict[str, safe_open]:
-    """Tensor name -> the open safetensors file that holds it.
+def open_weights(directory: str | Path) -> dict[str, TensorFile]:
+    """Tensor name -> the open file that holds it.
 
-    Raises UserError when there are no weights or they cannot be read.
+    Raises UserError when there are no weights, they cannot be read, or they are of several saves.
     """
     directory = Path(directory)
-    index = directory / "model.safetensors.index.json"
+    index, names, one_of = directory / "model.safetensors.index.json", ["model.safetensors"], ""
     try:
-        names = ["model.safetensors"]
         if index.exists():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        files = [safe_open(directory / Path(name).name, framework="pt") for name in names]
-        return {name: file for file in files for name in file.keys()}
+            values = read_json(index)
+            names = sorted(set(values["weight_map"].values()))
+            one_of = values.get("metadata", {}).get("set", "")
+        files = [TensorFile(directory / Path(name).name) for name in names]
     except FileNotFoundError as error:
         raise UserError(f"no weights in {directory}: {error}") from None
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{directory}: weights cannot be read ({error}): "
-                        "the file is truncated or foreign") from None
+    except (KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: is no index of weights ({type(error).__name__} {error})") from None
+    for file in files:
+        if file.one_of != one_of:
+            raise UserError(f"{file.path}: is of another save than {index.name}")
+    return {name: file for file in files for name in file.keys()}
+
+
+def note_of(directory: str | Path, key: str) -> str | None:
+    """What the weights of a directory have noted under a key; None where they have not, or are not there."""
+    for path in sorted(Path(directory).glob("model*.safetensors")):
+        return TensorFile(path).notes.get(key)
+    return None
+
+
+def identity(directory: str | Path) -> str:
+    """16 hexadecimal digits that change with the weights, the config or the tokenizer of a checkpoint."""
+    hasher = hashlib.sha256()
+    for path in sorted(Path(directory).glob("*")):
+        if path.suffix == ".safetensors" and path.name.startswith("model") or path.name in ("config.json",
+                                                                                            "tokenizer.json"):
+            hasher.update(path.name.encode() + path.read_bytes())
+    return hasher.hexdigest()[:16]
 
 
 def has_mtp(directory: str | Path, num_hidden_layers: int, num_nextn_predict_layers: int) -> bool:
     """Whether there are weights of MTP modules, where the config has any."""
     prefixes = mtp_prefixes(num_hidden_layers, num_nextn_predict_layers)
     return not prefixes or any(name.startswith(prefixes) for name in open_weights(directory))
+
+
+def config_of_weights(directory: str | Path, make: Callable):
+    """`load_config`, but without MTP modules where the weights have none: a line on stderr says so."""
+    config = load_config(directory, make)
+    _check_sizes(directory, vars(config))
+    if not has_mtp(directory, config.num_hidden_layers, config.num_nextn_predict_layers):
+        print(f"{directory}: no MTP weights, loading the main model only", file=sys.stderr)
+        config = replace(config, num_nextn_predict_layers=0)
+    return config
+
+
+def _check_sizes(directory: str | Path, config: dict) -> None:
+    """What config.json says of layers, experts and vocabulary against the weights, before memory is touched.
+
+    Raises UserError when they do not belong together.
+    """
+    names = open_weights(directory)
+    layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
+    experts = {name.split(".experts.")[1].split(".")[0] for name in names if ".mlp.experts." in name}
+    main, mtp = config["num_hidden_layers"], config["num_nextn_predict_layers"]
+    if len(layers) not in (main, main + mtp):  # without MTP is a model, too
+        raise UserError(f"{directory}: config.json has {main} layers and {mtp} of MTP, the weights {len(layers)}")
+    if experts and len(experts) != config["n_routed_experts"]:
+        raise UserError(f"{directory}: config.json has {config['n_routed_experts']} experts, the weights "
+                        f"{len(experts)}")
+    name, wanted = "model.embed_tokens.weight", [config["vocab_size"], config["hidden_size"]]
+    if name in names and names[name].shape(name) != wanted:
+        raise UserError(f"{directory}: {name} has shape {names[name].shape(name)}, config.json wants {wanted}")
 
 
 def copy_weights(directory: str | Path, views: dict[str, Tensor]) -> None:
@@ -292,7 +482,7 @@ def copy_weights(directory: str | Path, views: dict[str, Tensor]) -> None:
             shown = sorted(odd)[:5] + ["..."] * (len(odd) > 5)
             raise UserError(f"{directory}: {len(odd)} {what} tensors: {', '.join(shown)}")
     for name in sorted(wanted):
-        tensor, view = files[name].get_tensor(name), views[name]
+        tensor, view = files[name].get(name), views[name]
         if tensor.shape != view.shape:
             raise UserError(f"{directory}: {name} has shape {tuple(tensor.shape)}, "
                             f"config.json wants {tuple(view.shape)}")

@@ -3,6 +3,7 @@
 import argparse
 import ctypes
 import difflib
+import errno
 import math
 import operator
 import os
@@ -291,18 +292,43 @@ def keep_freed_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
+def mute() -> None:
+    """Send what is still printed to nobody: the reader of stdout, `head` for one, has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_main(main: Callable[[list[str]], None]) -> NoReturn:
-    """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit code 2."""
+    """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit code 2.
+
+    What a terminal cannot show becomes a question mark. Of several ranks the first one speaks.
+    """
     keep_freed_memory()
     code = 0
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout:
+            sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # the reader, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        mute()
+        code = 141  # as a program that SIGPIPE ended
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: cannot write the output: {error.strerror}", file=sys.stderr)
+        mute()
+        code = 2
     sys.exit(code)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """The dtype for sums that shall be exact: float64, where the device has it (mps has not)."""
+    return torch.float32 if device.type == "mps" else torch.float64

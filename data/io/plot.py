@@ -5,6 +5,7 @@
 
 import csv
 import json
+import math
 from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
@@ -75,6 +76,16 @@ def shown_layers(count: int) -> list[int]:
     """Indices of the layers that a picture has room for."""
     most = min(count, MOST_LAYERS)
     return [round(i * (count - 1) / max(1, most - 1)) for i in range(most)]
+
+
+def layer_names(paths: list[str], layers: float = math.inf) -> list[str]:
+    """Short names of MoE layers: "model.layers.3.mlp" -> "layer 3"; from `layers` on "MTP 1".
+
+    >>> layer_names(["model.layers.3.mlp", "model.layers.4.mlp"], 4)
+    ['layer 3', 'MTP 1']
+    """
+    numbers = [int(path.split(".")[2]) for path in paths]
+    return [f"layer {n}" if n < layers else f"MTP {n - layers + 1}" for n in numbers]
 
 
 def loss_figure(path: str | Path, rows: list[dict], uniform: float) -> None:
@@ -210,6 +221,34 @@ def rl_figure(path: str | Path, rows: list[dict], styles: list[str]) -> None:
             axis.grid(axis="y")
         for axis in (nats, lost, balance):
             axis.set_xlabel("step")
+
+
+def draw_training(folder: Path, rows: list[dict], vocab_size: int, loads: list[Tensor],
+                  x: list[float], usage: dict[str, Tensor], names: list[str]) -> None:
+    """The pictures of a pretraining run: loss.png, expert_load.png, expert_domains.png.
+
+    rows of log.csv; loads (MoE layers, E) at each x; usage of each domain; names of the layers.
+    Without an evaluation, and for a model without experts, there is less to draw.
+    """
+    if usage:
+        loss_figure(folder / "loss.png", rows, math.log(vocab_size))
+    if usage and loads:
+        expert_load_figure(folder / "expert_load.png", torch.stack(loads), x[: len(loads)], names,
+                           "million tokens seen")
+        if all(len(used) for used in usage.values()):  # layers of the main model, MTP's apart
+            expert_domains_figure(folder / "expert_domains.png", usage, names)
+
+
+def draw_rl(folder: Path, rows: list[dict], styles: list[str], loads: list[Tensor],
+            paths: list[str]) -> None:
+    """The pictures of a run of RL: rl.png and expert_load.png.
+
+    rows of log.csv; loads (MoE layers, E) of every update; paths of the layers, MTP's last.
+    """
+    rl_figure(folder / "rl.png", rows, styles)
+    if loads and len(loads[0]):
+        x, names = list(range(1, len(loads) + 1)), layer_names(paths[: len(loads[0])])
+        expert_load_figure(folder / "expert_load.png", torch.stack(loads), x, names, "update")
 
 
 def compare_figure(path: str | Path, runs: dict[str, Tensor], pairs: list[tuple[str, str]],

@@ -1,18 +1,22 @@
 """What a model costs, from its configuration and the shapes of its tensors; nothing is built here."""
 
-from math import prod
+import os
+from types import SimpleNamespace
+
+from torch import Tensor
 
 from data.io.checkpoint import mtp_prefixes
+from data.io.cli import UserError
 
 
-def parameter_counts(shapes: dict[str, tuple[int, ...]], config: dict) -> dict[str, int]:
+def parameter_counts(state: dict[str, Tensor], config: dict) -> dict[str, int]:
     """Parameters by the hub's convention: the routing bias counts, copies inside MTP modules do not.
 
-    shapes: of every tensor of the model's state. Keys: `main` (without MTP), `mtp`, `total`,
-    `embedding`, `active` (used per token, without the input embedding, which is a lookup, but with
-    the head; MTP not included).
+    state: of the model, on the meta device for one that fits in no memory. Keys: `main` (without
+    MTP), `mtp`, `total`, `embedding`, `active` (used per token, without the input embedding, which
+    is a lookup, but with the head; MTP not included).
     """
-    size = {name: prod(shape) for name, shape in shapes.items()}
+    size = {name: tensor.numel() for name, tensor in state.items()}
     extra = mtp_prefixes(config["num_hidden_layers"], config["num_nextn_predict_layers"])
     mtp = sum(n for name, n in size.items() if name.startswith(extra))
     experts = sum(n for name, n in size.items()
@@ -32,22 +36,21 @@ def cache_numbers(config: dict) -> dict[str, int]:
             f"GQA, {groups} groups": 2 * groups * D * L, "MHA": 2 * H * D * L}
 
 
-def portrait(name: str, config: dict, shapes: dict[str, tuple[int, ...]], counts: dict[str, int],
-             flops: float) -> str:
+def portrait(name: str, config: dict, state: dict[str, Tensor], flops: float) -> str:
     """The printed self-portrait: tensors with shapes, parameters, FLOPs, cache, memory.
 
-    counts: of `parameter_counts`. flops: per token, in a text of 4096 tokens or of the whole
-    context where that is shorter.
+    flops: per token, in a text of 4096 tokens or of the whole context where that is shorter.
     """
+    counts = parameter_counts(state, config)
     L, T = config["num_hidden_layers"], min(4096, config["max_position_embeddings"])
     lines = [f"{name}: {L} layers, {config['n_routed_experts']} experts, "
              f"{config['num_experts_per_tok']} per token", "",
              f"{'tensor':58}{'shape':>22}{'parameters':>18}"]
     shown = {0, config["first_k_dense_replace"], L}  # one layer of each kind
-    for tensor, shape in shapes.items():
-        layer = tensor.split(".")[2] if ".layers." in tensor else None
+    for key, tensor in state.items():
+        layer = key.split(".")[2] if ".layers." in key else None
         if layer is None or int(layer) in shown:
-            lines.append(f"{tensor:58}{str(tuple(shape)):>22}{prod(shape):>18,}")
+            lines.append(f"{key:58}{str(tuple(tensor.shape)):>22}{tensor.numel():>18,}")
     lines += [
         "",
         f"parameters            {counts['main']:,}  (main model, routing bias counted)",
@@ -73,3 +76,37 @@ def si(value: float) -> str:
             return f"{value:.3g} {prefix}"
         value /= 1000
     return f"{value:.3g} Y"
+
+
+def parameters_on_paper(config: dict) -> int:
+    """The number of parameters by a formula, without a single tensor (V2 section 2.1, V3 section 2.1).
+
+    config: the fields of model.Config. Equal to the `total` of `parameter_counts`.
+    """
+    c = SimpleNamespace(**config)
+    C, H, R, P = c.hidden_size, c.num_attention_heads, c.kv_lora_rank, c.qk_rope_head_dim
+    q_width, kv_width, o_width = (H * (c.qk_nope_head_dim + P), H * (c.qk_nope_head_dim + c.v_head_dim),
+                                  H * c.v_head_dim)
+    queries = C * q_width if c.q_lora_rank is None else c.q_lora_rank * (C + 1 + q_width)
+    attention = queries + C * (R + P) + R + R * kv_width + o_width * C + 2 * C  # with the block's norms
+    if c.attention_bias:
+        attention += (R + P) + C + (c.q_lora_rank or 0)
+    bias = c.n_routed_experts if c.topk_method == "noaux_tc" else 0
+    experts = 3 * C * c.moe_intermediate_size * (c.n_routed_experts + c.n_shared_experts)
+    moe = experts + C * c.n_routed_experts + bias
+    dense = min(c.first_k_dense_replace, c.num_hidden_layers)
+    main = (2 * c.vocab_size * C + C + c.num_hidden_layers * attention
+            + dense * 3 * C * c.intermediate_size + (c.num_hidden_layers - dense) * moe)
+    return main + c.num_nextn_predict_layers * (attention + moe + 2 * C * C + 3 * C)
+
+
+def check_memory(config: dict, bytes_each: int = 4) -> None:
+    """Raises UserError when weights of these sizes are more than this machine's memory."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return
+    wanted = bytes_each * parameters_on_paper(config)
+    if wanted > memory:
+        raise UserError(f"config: its weights are {si(wanted)}B, this machine has {si(memory)}B: "
+                        "a smaller preset, or other sizes")

@@ -1,25 +1,31 @@
 """A run of a program: its folder with knobs, log and state, its loop, its signals, its progress."""
 
 import csv
-import json
+import os
 import shlex
+import shutil
 import signal
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Collection, Iterator, Sequence
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.io.checkpoint import write_json, written_aside
-from data.io.cli import Knobs, UserError, knob
+from data.io.checkpoint import (TensorFile, read_json, remove_abandoned, write_json, write_tensors, write_text,
+                                written_aside)
+from data.io.cli import Knobs, UserError, knob, mute
 
 # ---------------------------------------------------------------------------------- the run folder
+
+MADE = ("at-*", "model*.safetensors*", "config.json", "generation_config.json", "tokenizer*.json",
+        "special_tokens_map.json", "chat_template.jinja", "*.png", "answers.txt", "report.*",
+        "README.md")  # by a run, in its folder
 
 
 @dataclass
@@ -30,7 +36,7 @@ class RunConfig(Knobs):
     name: str = knob("", "folder of this run, within --out")
     resume: bool = knob(False, "go on from the last checkpoint of this run")
     overwrite: bool = knob(False, "start over although the run folder holds a checkpoint")
-    seed: int = knob(0, "seed of all chance")
+    seed: int = knob(0, "seed of all chance", least=0)
     device: str = knob("auto", "auto, cpu, cuda or mps")
     impl: str = knob("fused", "twins of kernels.py", choices=("fused", "reference"))
     eval_every: int = knob(100, "steps between evaluations; each one saves and redraws the pictures", least=1)
@@ -38,9 +44,10 @@ class RunConfig(Knobs):
     clip: float = knob(1.0, "largest norm of the gradient", above=0)
     weight_decay: float = knob(0.1, "AdamW: decay of matrices; norms and biases have none", least=0)
 
-    # what may differ when a run is resumed: where and how it is computed, not what
+    # what may differ when a run is resumed: where and how it is computed, how often it is looked at, and
+    # the learning rate, since a run that diverged goes on with a lower one
     FREE_ON_RESUME = frozenset({"resume", "overwrite", "out", "device", "impl", "micro_batch", "recompute",
-                                "snapshots"})
+                                "snapshots", "eval_every", "lr", "steps"})
 
     def rules(self):
         is_plain = self.name not in ("", ".", "..") and Path(self.name).name == self.name
@@ -55,56 +62,83 @@ class RunFolder:
     """out/<name>/: the checkpoint directory, the knobs, the log, and what is needed to go on.
 
     `save` writes state.safetensors whole or not at all, so a kill at any moment leaves weights,
-    optimizer and notes of one and the same step. Only the process with `is_main` writes.
+    optimizer, notes and log of one and the same step. Only the process with `is_main` writes, and it
+    holds a lock: two runs cannot share a folder.
     """
 
     def __init__(self, path: str | Path, is_main: bool = True, knobs_file: str = "train.json"):
-        self.path, self.is_main = Path(path), is_main
+        self.path, self.is_main, self.knobs = Path(path), is_main, None
         self.knobs_path, self.log_path = self.path / knobs_file, self.path / "log.csv"
         self.state_path = self.path / "state.safetensors"
 
-    def start(self, knobs: dict, overwrite: bool = False) -> None:
-        """Begin a new run. Raises UserError when a checkpoint is in the way."""
+    def begin(self, knobs: dict, config: RunConfig) -> tuple[dict[str, Tensor], dict]:
+        """What there is to go on from, where that is asked for; else nothing, when nothing is in the way.
+
+        Raises UserError as `resume` or `check`. A new run calls `start` once all that can fail is done.
+        """
+        if config.resume:
+            return self.resume(knobs, config.FREE_ON_RESUME)
+        self.check(config.overwrite)
+        return {}, {}
+
+    def check(self, overwrite: bool = False) -> None:
+        """Raises UserError when a run is in the way; nothing is touched."""
         is_taken = (self.path / "model.safetensors").exists() or self.state_path.exists()
         if is_taken and not overwrite:
             raise UserError(f"{self.path} holds a run already: --resume goes on with it, --overwrite "
                             "starts over, --name NAME begins another one")
+
+    def start(self, knobs: dict, overwrite: bool = False) -> None:
+        """Begin a new run: what an earlier one made goes, its state first. Raises UserError as `check`.
+
+        Whatever can fail comes before: this destroys.
+        """
         if self.is_main:
+            self.check(overwrite)
+            self._lock()
+            for stale in (self.state_path, self.log_path, *(p for made in MADE for p in self.path.glob(made))):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
             write_json(self.knobs_path, knobs)
-            self.state_path.unlink(missing_ok=True)
-            self.log_path.unlink(missing_ok=True)
 
     def resume(self, knobs: dict, free: Collection[str] = ()) -> tuple[dict[str, Tensor], dict]:
-        """Tensors and notes of the last `save`; the log is cut at its step.
+        """Tensors and notes of the last `save`, the run's knobs among them; log.csv is what it was then.
 
-        Raises UserError when there is nothing to resume, or when a knob that is not in `free` differs
-        from the run's own.
+        A run that was killed before its first save has neither: it starts over, with a line that says
+        so. Raises UserError when there is no run, or a knob that is not in `free` differs from its own.
         """
         try:
-            was = json.loads(self.knobs_path.read_text(encoding="utf-8"))
-            with safe_open(self.state_path, framework="pt") as state:
-                tensors = {name: state.get_tensor(name) for name in state.keys()}
-                notes = json.loads(state.metadata()["notes"])
-            names = sorted((was.keys() | knobs.keys()) - set(free))
+            was = read_json(self.knobs_path)
         except FileNotFoundError:
             raise UserError(f"nothing to resume in {self.path}: no checkpoint; "
                             "go without --resume") from None
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path}: state cannot be read ({error}); "
-                            "--overwrite starts over") from None
-        told = [f"{name} was {was.get(name)!r}, is {knobs.get(name)!r}" for name in names
+        told = [f"{name} was {was.get(name)!r}, is {knobs.get(name)!r}"
+                for name in sorted((was.keys() | knobs.keys()) - set(free))
                 if was.get(name) != knobs.get(name)]
         if told:
-            raise UserError(f"cannot resume {self.path} with another config: {', '.join(told)}")
-        self._cut_log(notes["step"])
-        return tensors, notes
+            raise UserError(f"cannot resume {self.path} with another config: {', '.join(told)} (another --name can "
+                            f"start from the weights in {self.path})")
+        if self.is_main:
+            self._lock()
+        if not self.state_path.exists():
+            if self.is_main:
+                print(f"{self.path}: no state was saved yet, starting over", flush=True)
+            return {}, {}
+        state = TensorFile(self.state_path, is_ours=True)
+        tensors = {name: state.get(name) for name in state.keys()}
+        if "log" not in tensors or not isinstance(state.notes.get("step"), int):
+            raise UserError(f"{self.state_path}: is no state of a run; --overwrite starts over")
+        log = bytes(tensors.pop("log")).decode("utf-8", "replace")
+        if self.is_main:
+            write_text(self.log_path, log)
+        self.knobs = knobs  # some may have changed: the next save notes them
+        return tensors, state.notes | {"knobs": was}
 
     def save(self, modules: nn.Module, optimizer: torch.optim.Optimizer, notes: dict,
              **tensors: Tensor | None) -> None:
         """Replace the state, or the earlier one stays. notes must be JSON and hold "step".
 
         The file has `modules.state_dict()`, the optimizer's state as "optimizer.<key>.<parameter>",
-        and `tensors` (but None) under their own names; `load_state` is the inverse.
+        the text of log.csv, and `tensors` (but None) under their own names; `load_state` is the inverse.
         """
         if not self.is_main:
             return
@@ -112,9 +146,13 @@ class RunFolder:
         state = modules.state_dict() | {name: value for name, value in tensors.items() if value is not None}
         for parameter, its_state in optimizer.state.items():
             state |= {f"optimizer.{key}.{names[parameter]}": value for key, value in its_state.items()}
+        log = self.log_path.read_bytes() if self.log_path.exists() else b""
+        state["log"] = torch.tensor(list(log), dtype=torch.uint8)
+        if self.knobs is not None:
+            write_json(self.knobs_path, self.knobs)
+            self.knobs = None
         with written_aside(self.state_path) as aside:
-            whole = {name: tensor.detach().contiguous() for name, tensor in state.items()}
-            save_file(whole, aside, metadata={"notes": json.dumps(notes)})
+            write_tensors(aside, state, notes)
 
     def log(self, values: dict, columns: Sequence[str]) -> None:
         """Append the values to log.csv in the order of `columns`, empty where there is none.
@@ -136,15 +174,26 @@ class RunFolder:
         text = self.log_path.read_text(encoding="utf-8") if self.log_path.exists() else ""
         return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
-    def _cut_log(self, step: int) -> None:
-        """Drop what the log holds of steps that are done again."""
-        rows = self.rows()
-        if self.is_main and rows:
-            with written_aside(self.log_path) as aside:
-                with open(aside, "w", newline="", encoding="utf-8") as file:
-                    writer = csv.DictWriter(file, rows[0])
-                    writer.writeheader()
-                    writer.writerows(row for row in rows if float(row["step"]) <= step)
+    def _lock(self) -> None:
+        """Hold the folder until this process ends. Raises UserError when another one does."""
+        try:
+            import fcntl
+        except ImportError:  # Windows has no such module, and no lock
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.path / ".lock", "a+", encoding="utf-8")
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.lock.truncate(0)
+            self.lock.write(str(os.getpid()))
+            self.lock.flush()
+            remove_abandoned(self.path)
+        except BlockingIOError:
+            self.lock.seek(0)
+            raise UserError(f"{self.path} is in use by process {self.lock.read() or '(unknown)'}: wait for it, "
+                            "end it, or take another --name") from None
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error}") from None
 
 
 def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -152,15 +201,20 @@ def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, tensors: di
 
     Raises UserError when the state is not of these modules.
     """
-    missing = sorted(modules.state_dict().keys() - tensors.keys())
-    if missing:
-        raise UserError(f"the state has no {missing[0]}: it is of another model; --overwrite starts over")
-    modules.load_state_dict({name: tensors[name] for name in modules.state_dict()})
+    wanted = modules.state_dict()
+    for name, tensor in wanted.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            got = tuple(tensors[name].shape) if name in tensors else "nothing"
+            raise UserError(f"the state has {got} for {name}, wanted {tuple(tensor.shape)}: it is of another "
+                            "model; --overwrite starts over")
+    modules.load_state_dict({name: tensors[name] for name in wanted})
     parameters = dict(modules.named_parameters())
     for name, tensor in tensors.items():
         if name.startswith("optimizer."):
             _, key, its_name = name.split(".", 2)
-            parameter = parameters[its_name]
+            parameter = parameters.get(its_name)
+            if parameter is None or tensor.numel() not in (1, parameter.numel()):
+                raise UserError(f"the state's {name} is of another model; --overwrite starts over")
             optimizer.state[parameter][key] = tensor.to(parameter.device)
 
 
@@ -177,22 +231,40 @@ def newest_run(root: str | Path = "out") -> Path:
 class SavedRun:
     """What the trainers of train.py and rl.py share: a checkpoint for others, and a state to go on from.
 
-    They have model, tokenizer, modules, optimizer, folder, world, `loads` (a list of tensors) and
-    NOTES, the names of their attributes that are saved as JSON.
+    They have model, tokenizer, modules, optimizer, folder, world, `loads` (a list of tensors), NOTES,
+    the names of their attributes that are saved as JSON, and perhaps a `loader` of data.
     """
 
     NOTES: tuple[str, ...] = ("step",)
+    loader = None
 
-    def save(self, **more) -> None:
-        """First the checkpoint directory, then the state with `more` tensors and notes."""
+    def save(self) -> None:
+        """First the checkpoint directory, then the state, chance and place in the data included.
+
+        Raises UserError when a weight is not finite: the last good checkpoint stays.
+        """
+        if not all(bool(p.detach().isfinite().all()) for p in self.model.parameters()):
+            raise UserError(f"step {self.step}: the weights are not finite, nothing was saved; lower --lr: "
+                            "--resume goes on from the last checkpoint")
         if self.world.is_main:
             self.model.save_pretrained(self.folder.path, self.tokenizer)
         notes = {name: getattr(self, name) for name in self.NOTES}
-        tensors = {"loads": torch.stack(self.loads)} if self.loads else {}
-        for name, value in more.items():
-            (tensors if torch.is_tensor(value) else notes)[name] = value
+        tensors = {"rng": torch.get_rng_state(), "loads": torch.stack(self.loads) if self.loads else None}
+        if self.loader is not None:
+            notes["loader"] = self.loader.state_dict()
         self.folder.save(self.modules, self.optimizer, notes, **tensors)
         self.world.barrier()
+
+    @contextmanager
+    def saved_if_refused(self) -> Iterator[None]:
+        """Whatever stops a run inside the block, what was done before it is saved first."""
+        try:
+            yield
+        except Exception:
+            if self.world.world_size == 1 and self.step:  # of several ranks the others are elsewhere
+                with suppress(UserError):  # the first reason is the one to tell
+                    self.save()
+            raise
 
     def restore(self, tensors: dict[str, Tensor], notes: dict) -> None:
         """Take up where `save` left off."""
@@ -200,18 +272,22 @@ class SavedRun:
         self.loads = list(tensors.get("loads", ()))
         for name in self.NOTES:
             setattr(self, name, notes[name])
+        if self.loader is not None:
+            self.loader.load_state_dict(notes["loader"])
+        torch.set_rng_state(tensors["rng"])
 
 
 # ---------------------------------------------------------------------------------------- the loop
 
 
 class StopSignal:
-    """Turns the first Ctrl-C or SIGTERM into a stop after the running step; a second acts at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a stop after the running step; a second acts at once."""
 
     def __enter__(self):
-        self.is_set = False
-        kinds = (signal.SIGINT, signal.SIGTERM)
-        self.before = {kind: signal.signal(kind, self._ask) for kind in kinds}
+        self.is_set, self.before = False, {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            kinds = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+            self.before = {kind: signal.signal(kind, self._ask) for kind in kinds}
         return self
 
     def _ask(self, kind, frame):
@@ -226,8 +302,9 @@ class StopSignal:
 class Loop:
     """The steps of a run, `for step in loop`, from `done` + 1 to `total`, and what is seen of them.
 
-    A signal ends it after the running step; `agree` is asked before each step, and says True on every
-    rank when the flag of one is True. However the loop ends, the handlers of signals are back and the
+    A signal ends it after the running step, and so does a reader of the output that is gone (`| head`) or
+    torchrun that died; `agree` is asked before each step, and says True on every rank when the flag of
+    one is True. However the loop ends, the handlers of signals are back and the
     bar is closed. A terminal has a bar, a file a plain line now and then; only the main process shows.
     """
 
@@ -235,7 +312,7 @@ class Loop:
                  agree: Callable[[bool], bool] = bool):
         self.step, self.total, self.every, self.agree = done, total, every, agree
         self.first, self.label, self.is_main = done, label, folder.is_main
-        self.started, is_terminal = time.monotonic(), sys.stderr.isatty()
+        self.started, is_terminal, self.is_unheard = time.monotonic(), bool(sys.stderr and sys.stderr.isatty()), False
         layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix[0]} {elapsed}, {remaining} left"
         self.bar = tqdm(total=total, initial=done, desc=label, disable=not (is_terminal and self.is_main),
                         dynamic_ncols=True, smoothing=0.05, bar_format=layout, postfix=[""])
@@ -243,7 +320,11 @@ class Loop:
     def __iter__(self) -> Iterator[int]:
         try:
             with StopSignal() as stop:
-                while self.step < self.total and not self.agree(stop.is_set):
+                parent = os.getppid()
+                while self.step < self.total:
+                    is_orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
+                    if self.agree(stop.is_set or self.is_unheard or is_orphan):
+                        break
                     self.step += 1
                     yield self.step
         finally:
@@ -256,7 +337,7 @@ class Loop:
 
     @property
     def is_complete(self) -> bool:
-        return self.step == self.total
+        return self.step >= self.total
 
     def show(self, text: str) -> None:
         """What there is to say about the running step, once it is done."""
@@ -266,12 +347,17 @@ class Loop:
         elif self.is_main and (self.step % max(1, self.total // 20) == 0 or self.is_complete):
             pace = (time.monotonic() - self.started) / (self.step - self.first)  # seconds per step
             left = minutes(pace * (self.total - self.step))
-            print(f"{self.label} {self.step}/{self.total}  {text}  {left} left", flush=True)
+            self.note(f"{self.label} {self.step}/{self.total}  {text}  {left} left")
 
     def note(self, text: str) -> None:
         """A line that stays above the bar."""
-        if self.is_main:
-            tqdm.write(text)
+        try:
+            if self.is_main and sys.stdout:
+                tqdm.write(text)
+                sys.stdout.flush()
+        except OSError:  # the reader has gone, or the disk of the log is full
+            self.is_unheard = True
+            mute()
 
 
 class Commands:
@@ -282,15 +368,21 @@ class Commands:
     """
 
     def __init__(self, config: RunConfig, programs: dict[str, Callable[[list[str]], bool]],
-                 say: Callable = print, is_main: bool = True):
-        self.config, self.programs, self.say, self.is_main = config, programs, say, is_main
+                 say: Callable = print, is_main: bool = True, of: str = ""):
+        self.config, self.programs, self.say, self.is_main, self.of = config, programs, say, is_main, of
         self.notes = Path(f"{config.folder}.json")
 
     def run(self, commands: list[str]) -> bool:
         """Run them all; False when a signal ended one early."""
         finished = []
         if self.config.resume and self.notes.exists():
-            finished = json.loads(self.notes.read_text(encoding="utf-8"))
+            notes = read_json(self.notes)
+            if notes.get("of") != self.of:
+                raise UserError(f"{self.notes}: what these commands start from has changed since; --overwrite "
+                                "starts over, --name NAME begins another one")
+            finished = notes.get("finished", [])
+        if finished == commands:
+            self.say(f"all {len(commands)} commands are finished; --overwrite starts over")
         for i, command in enumerate(commands):
             if finished[: i + 1] == commands[: i + 1]:
                 continue
@@ -301,7 +393,7 @@ class Commands:
             if self.programs[program](flags + self._more(flags)) is False:
                 return False
             if self.is_main:
-                write_json(self.notes, commands[: i + 1])
+                write_json(self.notes, {"of": self.of, "finished": commands[: i + 1]})
         return True
 
     def _more(self, flags: list[str]) -> list[str]:
@@ -310,9 +402,10 @@ class Commands:
                  if a == "--name" or a.startswith("--name=")]
         if not names:
             return []
-        state = Path(self.config.out, names[-1], "state.safetensors")
+        folder = Path(self.config.out, names[-1])
         if self.config.resume:
-            return ["--resume"] if state.exists() else []
+            is_begun = (folder / "train.json").exists() or (folder / "rl.json").exists()
+            return ["--resume"] if is_begun else []
         return ["--overwrite"] if self.config.overwrite else []
 
 
@@ -327,6 +420,12 @@ def minutes(seconds: float) -> str:
     """
     whole, rest = divmod(round(seconds), 60)
     return f"{whole}m{rest:02}s" if whole < 60 else f"{whole // 60}h{whole % 60:02}m"
+
+
+def to_go_on(program: str, argv: Sequence[str]) -> str:
+    """What to type so that a run that was stopped goes on."""
+    flags = [flag for flag in argv if flag not in ("--resume", "--overwrite")]
+    return f"to go on:\n  python {program} {shlex.join([*flags, '--resume'])}"
 
 
 def peak_memory(device: torch.device) -> str:

@@ -25,7 +25,9 @@ def load_task(name: str) -> Task:
             if "" not in sys.path:
                 sys.path.append("")  # the user's own folder
             return getattr(importlib.import_module(head), argument)()
-    except (ImportError, AttributeError, TypeError) as error:
+    except UserError:
+        raise
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"task {name}: {error} (wanted a task of data/tasks or module:Class)") from None
     raise UserError(f"task: got {name!r}, wanted one of {', '.join(TASKS)} or module:Class"
                     f"{nearest(name, TASKS)}")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
-from data.io.checkpoint import written_aside
+from data.io.checkpoint import write_text
 from data.io.cli import Knobs, UserError, knob, parse_flags, run_main
 from data.tasks import load_task
 from data.tasks.exam import clean_style
@@ -51,16 +51,18 @@ def clean_traces(tasks: list[Task], count: int, seed: int) -> list[tuple[str, st
     return pairs
 
 
+def write_examples(path: str | Path, pairs: list[tuple[str, str]]) -> None:
+    """(question, answer) pairs as a .jsonl file. Raises UserError when it cannot be written."""
+    rows = [{"question": question, "answer": answer} for question, answer in pairs]
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
 def main(argv: list[str]) -> None:
     """Write the traces, one JSON object a line."""
     config = parse_flags(TraceConfig, argv, __doc__)
     tasks = [load_task(name) for name in config.tasks.split(",")]
-    pairs = clean_traces(tasks, config.count, config.seed)
-    rows = [{"question": question, "answer": answer} for question, answer in pairs]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    with written_aside(config.file) as aside:
-        aside.write_text("".join(lines), encoding="utf-8")
-    print(f"{len(lines)} traces of {config.tasks} in {config.file}")
+    write_examples(config.file, clean_traces(tasks, config.count, config.seed))
+    print(f"{config.count} traces of {config.tasks} in {config.file}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from data.io.cli import UserError
-from data.tasks.task import LONGEST, Problem, Task, is_test, slip, split_completion
+from data.tasks.task import LONGEST, Problem, Task, is_test, parse_int, slip, split_completion
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -65,8 +65,9 @@ class Chain(Task):
         return step
 
     def style_of(self, completion):
-        is_skip = re.search(r"[0-9][-+*][0-9][-+*][0-9](?:[-+*][0-9])?=", completion[:LONGEST])
-        if is_skip and "wait" not in completion:
+        text = completion[:LONGEST]
+        is_skip = re.search(r"[0-9][-+*][0-9][-+*][0-9](?:[-+*][0-9])?=", text)
+        if is_skip and "wait" not in text:
             return "skip"
         return super().style_of(completion)
 
@@ -132,6 +133,7 @@ class Countdown(Task):
         return ";".join(lines)
 
     def is_right(self, problem, answer):
+        """An expression (`parse_expression`) of these numbers that has the target's value."""
         parsed = parse_expression(answer)
         if parsed is None:
             return False
@@ -147,14 +149,17 @@ def parse_expression(text: str) -> tuple[Fraction, list[int]] | None:
     """Value and numbers of an expression of integers with + - * / and parentheses, else None.
 
     Nothing is run: Python's grammar gives a tree, of which only these four operators are computed,
-    exactly. At most 80 characters and 4 digits a number.
+    exactly. Numbers have no sign, no leading zero and at most 4 digits; plain spaces may stand
+    around them, but no other white space. At most 80 characters; no `=`, `//`, `**` or `3(9)`.
 
     >>> parse_expression("(3+5)*2")
     (Fraction(16, 1), [3, 5, 2])
-    >>> parse_expression("98**77**65") is None
-    True
+    >>> [parse_expression(text) for text in ("98**77**65", "-3+5", "03+5", "00+5")]
+    [None, None, None, None]
     """
-    if len(text) > 80 or not re.fullmatch(r"[0-9+\-*/() ]+", text) or re.search(r"[0-9]{5}", text):
+    if len(text) > 80 or not re.fullmatch(r"[0-9+\-*/() ]+", text):
+        return None
+    if re.search(r"[0-9]{5}|(?<![0-9])0[0-9]", text):
         return None
     try:
         value = _value(ast.parse(text.strip(), mode="eval").body)
@@ -247,7 +252,10 @@ class Multiply(Task):
 
 
 class Sort(Task):
-    """Put digits in order by taking the smallest of what is left, again and again."""
+    """Put digits in order by taking the smallest of what is left, again and again.
+
+    Right are exactly these digits, zeros in front among them, and not a space more.
+    """
 
     name = "sort"
 
@@ -334,11 +342,16 @@ class TwoLanguages(Chain):
         return super().drill(rng, rng.choice(list(self.words)))
 
     def reward(self, problem, completion):
-        """Also `language`: words of English over all words of the thinking."""
+        """Also `language`: words of English over all words of the thinking.
+
+        Over at least as many words as the work has, five a step (`four minus six is eight`): a
+        thought of one word earns little. What the words say is not looked at.
+        """
         parts = split_completion(completion)
         words = re.findall(r"\w+", parts[0]) if parts else []
         english = set(self.words["english"])
-        share = sum(word in english for word in words) / max(len(words), 1)
+        least = 5 * sum(problem.question.count(sign) for sign in "+-*")
+        share = sum(word in english for word in words) / max(len(words), least, 1)
         return super().reward(problem, completion) | {"language": share}
 
     def style_of(self, completion):
@@ -363,11 +376,13 @@ class GSM8K(Task):
                     row = json.loads(line)
                     text, _, end = row["answer"].rpartition("####")
                     answer = str(int(end.replace(",", "")))
+                    if parse_int(answer) is None:
+                        raise ValueError(f"got the answer {answer}, wanted at most 12 digits")
                     self.problems.append(Problem(row["question"], answer))
                     self.solutions[row["question"]] = text.strip().splitlines()
             if not self.problems:
                 raise ValueError("it is empty")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"task gsm8k: cannot read {path}: {error} "
                             "(wanted its jsonl, as gsm8k:path)") from None
 

@@ -10,6 +10,7 @@ text.
 """
 
 import hashlib
+import math
 import random
 import re
 from dataclasses import dataclass
@@ -20,8 +21,14 @@ from data.io.cli import UserError
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER, ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+MARK = "<｜"  # the beginning of every special token but the tags
 TEST_SHARE = 16  # of 256 hash values
-LONGEST = 100_000  # characters; a longer completion is malformed
+
+# Characters, some 2,500 tokens: a longer completion is malformed, and nobody reads beyond. Reward,
+# style and readability of the worst text of this length take 2.5 ms on one slow core, so that an
+# answer of any length is judged within 10 ms on a machine that is four times slower still.
+LONGEST = 8_000
+REWARDS = ("accuracy", "format", "language")  # that a verifier may give; accuracy it must
 
 
 @dataclass(frozen=True)
@@ -48,16 +55,22 @@ def prompt_text(question: str) -> str:
 def split_completion(completion: str) -> tuple[str, str] | None:
     """Thinking and answer of a well-formed completion, else None.
 
-    Well-formed is `<think>...</think><answer>...</answer>` and nothing else, each tag once, at
-    most LONGEST characters.
+    Well-formed is `<think>...</think><answer>...</answer>`, and one EOS behind it or none; nothing
+    before, between or after, not even a space; at most LONGEST characters. Thinking and answer may
+    be empty and hold anything (line breaks, control characters, any script) but special tokens: a
+    second tag, BOS, EOS, a role, padding, and so a whole turn of a dialogue, make it malformed.
 
     >>> split_completion("<think>2*3=6</think><answer>6</answer>")
     ('2*3=6', '6')
     >>> split_completion("so 6") is None
     True
+    >>> split_completion("<think><｜User｜>2*3=</think><answer>6</answer>") is None
+    True
     """
+    if len(completion) > LONGEST:
+        return None
     text = completion.removesuffix(EOS)
-    if len(text) > LONGEST or any(text.count(tag) != 1 for tag in TAGS):
+    if MARK in text or any(text.count(tag) != 1 for tag in TAGS):
         return None
     thinking, _, tail = text.partition("</think>")
     if not thinking.startswith("<think>"):
@@ -68,8 +81,16 @@ def split_completion(completion: str) -> tuple[str, str] | None:
 
 
 def parse_int(text: str) -> int | None:
-    """A plain decimal integer of at most 12 ASCII digits, else None."""
-    is_plain = len(text) <= 64 and re.fullmatch(r"\s*-?[0-9]{1,12}\s*", text)
+    """A plain decimal integer, else None: `0`, or ASCII digits that do not begin with 0.
+
+    A minus may stand before all but 0. At most 12 digits. Plain spaces around it count for nothing
+    (at most 64 characters in all); any other white space, a plus sign, a leading zero, `-0`,
+    `1,000`, `1.0` and digits of another script are refused.
+
+    >>> [parse_int(text) for text in ("120", " -7 ", "0", "-0", "007", "+7", "1.0", "7\\n")]
+    [120, -7, 0, None, None, None, None, None]
+    """
+    is_plain = len(text) <= 64 and re.fullmatch(" *(0|-?[1-9][0-9]{0,11}) *", text)
     return int(text) if is_plain else None
 
 
@@ -122,11 +143,18 @@ class Task:
         return f"{text} so {answer}" if steps else f"I guess {answer}"
 
     def is_right(self, problem: Problem, answer: str) -> bool:
-        """Whether the text between the answer tags solves the problem."""
+        """Whether the text between the answer tags solves the problem: the integer of `parse_int`.
+
+        The text is the policy's, so that any string may come: yours must return False for what it
+        does not understand, within milliseconds, and never run it.
+        """
         return parse_int(answer) == int(problem.answer)
 
     def reward(self, problem: Problem, completion: str) -> dict[str, float]:
-        """`accuracy` and `format`, 0 or 1 each; right counts in the right format only (R1 2.2.2)."""
+        """`accuracy` and `format`, 0 or 1 each; right counts in the right format only (R1 2.2.2).
+
+        Yours may give accuracy alone, and shares of 1: right is an answer with accuracy 1.
+        """
         parts = split_completion(completion)
         is_right = parts is not None and self.is_right(problem, parts[1])
         return {"accuracy": float(is_right), "format": float(parts is not None)}
@@ -142,7 +170,30 @@ class Task:
 
 def reward_total(parts: dict[str, float]) -> float:
     """What is maximised: accuracy + 0.1 format (+ 0.1 language where a task has it)."""
-    return parts["accuracy"] + 0.1 * parts["format"] + 0.1 * parts.get("language", 0.0)
+    return parts["accuracy"] + 0.1 * parts.get("format", 0.0) + 0.1 * parts.get("language", 0.0)
+
+
+def judge(task: Task, problem: Problem, text: str) -> tuple[dict[str, float], Exception | None]:
+    """The REWARDS of a completion with their "total", and what the verifier raised, or None.
+
+    An answer on which the verifier raises, or gives anything but finite numbers with an accuracy,
+    scores 0 in every part: no answer of a policy stops a run. See `is_at_fault`.
+    """
+    try:
+        given = task.reward(problem, text)
+        parts = {name: float(given.get(name, 0)) for name in REWARDS}
+        parts["total"] = float(reward_total(given))
+        if not all(map(math.isfinite, parts.values())):
+            raise ValueError(f"wanted finite rewards, got {given}")
+        return parts, None
+    except Exception as error:  # whatever a user's verifier may raise
+        return dict.fromkeys((*REWARDS, "total"), 0.0), error
+
+
+def is_at_fault(task: Task, problem: Problem) -> bool:
+    """Whether the verifier raises on the problem's own answer too: then the task is to blame."""
+    text = f"<think></think><answer>{problem.answer}</answer>"
+    return judge(task, problem, text)[1] is not None
 
 
 def slip(rng: random.Random, step: str, right: int, wrong: int) -> tuple[str, int]:

@@ -19,10 +19,11 @@ from typing import Callable, Iterable, Iterator
 import numpy as np
 
 from data.io.cli import UserError, nearest
-from data.tasks import TASKS, load_task
+from data.tasks import load_task
 from data.tasks.task import BOS, prompt_text
-from data.text.files import Document, download, folder_documents, folder_files
+from data.text.files import Document, Trusted, download, folder_documents, is_place
 from data.text.loader import TokenFile, write_tokens
+from data.text.origin import folder_name
 from data.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
@@ -46,6 +47,9 @@ LICENCES = {
 }
 NAMES = ("local", "local:TASK", "shakespeare", "tinystories", "tinystories:MB", "fineweb",
          "fineweb:SHARDS")
+
+
+Pair = tuple[TokenFile, TokenFile]  # to train and to validate
 
 
 @dataclass
@@ -122,11 +126,11 @@ def reasoning_documents(rng: random.Random, counts: dict[str, int]) -> Iterator[
         task = tasks[name]
         drill = task.drill(rng) if rng.random() < DRILLS else None
         if drill:
-            yield drill, drill
+            yield drill, Trusted(drill)
         else:
             problem = task.problem(rng)
             prompt = prompt_text(problem.question).removeprefix(BOS)  # files have marks of their own
-            yield problem.question, prompt + task.trace(problem, rng)
+            yield problem.question, Trusted(prompt + task.trace(problem, rng))
 
 
 def local_documents(task: str, seed: int, log: Callable = print) -> dict[str, Iterator[Document]]:
@@ -178,27 +182,33 @@ def fineweb_chunks(path: Path, limit: int | None, bos_id: int) -> Iterator[np.nd
         raise UserError(f"data: {path} has {len(tokens):,} tokens, wanted {wanted:,}: delete it")
     for start in range(0, len(tokens), 1 << 20):
         chunk = tokens[start : start + (1 << 20)].astype(np.uint32)
+        if chunk.max() > 50256:
+            raise UserError(f"data: {path} has ids that GPT-2 has not: delete it")
         yield np.where(chunk == 50256, bos_id, chunk)
 
 
 def write_fineweb(folder: Path, cache: Path, shards: int, tokenizer: Tokenizer,
-                  log: Callable) -> None:
+                  log: Callable) -> Pair:
     """FineWeb-Edu comes as tokens, in shards of 100M: some to train, a million to validate."""
     if tokenizer.name != "gpt2":
         raise UserError(f"data: fineweb is made of GPT-2 tokens, got --tokenizer {tokenizer.name}, "
                         "wanted gpt2")
     notes = {"tokenizer": tokenizer.name, "corpus": "fineweb", "domain": "web", "bytes": 0,
              "sha256": "-"}
-    train = [f"train_{i:06d}" for i in range(1, shards + 1)]
+    train, made = [f"train_{i:06d}" for i in range(1, shards + 1)], []
     for split, names, limit in (("train", train, None), ("val", ["val_000000"], 1_000_000)):
         path = folder / f"web.{split}.bin"
-        if not path.exists():
+        file = sound_file(path, log)
+        if file is None:
             size = 1024 + 2 * limit if limit else None
             files = [download(URLS["fineweb"].format(name), cache / f"fineweb_{name}.bin", size, log)
                      for name in names]
             chunks = (fineweb_chunks(file, limit, tokenizer.bos_id) for file in files)
             chunks = itertools.chain.from_iterable(chunks)
             write_tokens(path, chunks, tokenizer.vocab_size, lambda: notes)
+            file = TokenFile(path)
+        made.append(file)
+    return made[0], made[1]
 
 
 # -------------------------------------------------------------------------- from text to token files
@@ -211,72 +221,54 @@ class Encoded:
     Every document stands between begin and end mark.
     """
 
-    def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer, trusted: bool):
-        self.documents, self.tokenizer, self.trusted = iter(documents), tokenizer, trusted
+    def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer):
+        self.documents, self.tokenizer = iter(documents), tokenizer
         self.val: list[int] = []
         self.size, self.digest = 0, hashlib.sha256()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
         while batch := list(itertools.islice(self.documents, 2_000)):
-            texts = [text for _, text in batch]
-            raw = "".join(texts).encode("utf-8", "replace")
+            raw = "".join(text for _, text in batch).encode("utf-8", "replace")
             self.size += len(raw)
             self.digest.update(raw)
             train: list[int] = []
-            for (key, _), ids in zip(batch, self.tokenizer.encode_batch(texts, self.trusted)):
-                side = self.val if is_val(key) else train
-                side += [bos, *ids, eos]
+            for trusted, alike in itertools.groupby(batch, lambda pair: isinstance(pair[1], Trusted)):
+                keys, texts = zip(*alike)
+                for key, ids in zip(keys, self.tokenizer.encode_batch(list(texts), trusted)):
+                    side = self.val if is_val(key) else train
+                    side += [bos, *ids, eos]
             yield np.array(train, np.uint32)
 
     def notes(self) -> dict:
         return {"bytes": self.size, "sha256": self.digest.hexdigest()[:8]}
 
 
+def sound_file(path: Path, log: Callable) -> TokenFile | None:
+    """A token file of the cache; None where there is none or it is damaged, and so made anew."""
+    try:
+        return TokenFile(path) if path.exists() else None
+    except UserError as error:
+        log(f"data        {str(error).removesuffix(': delete it')}: made anew")
+        return None
+
+
 def write_domain(folder: Path, domain: str, documents: Iterator[Document], tokenizer: Tokenizer,
-                 source: str) -> None:
-    """Both token files of a domain, unless they are there."""
-    train, val = (folder / f"{domain}.{split}.bin" for split in ("train", "val"))
-    if train.exists() and val.exists():
-        return
-    encoded = Encoded(documents, tokenizer, trusted=domain == "reasoning")
+                 source: str, log: Callable) -> Pair:
+    """Both token files of a domain, made unless they are there."""
+    paths = [folder / f"{domain}.{split}.bin" for split in ("train", "val")]
+    train, val = (sound_file(path, log) for path in paths)
+    if train is None or val is None:
+        encoded = Encoded(documents, tokenizer)
 
-    def notes() -> dict:
-        names = {"tokenizer": tokenizer.name, "corpus": source, "domain": domain}
-        return names | encoded.notes()
+        def notes() -> dict:
+            names = {"tokenizer": tokenizer.name, "corpus": source, "domain": domain}
+            return names | encoded.notes()
 
-    write_tokens(train, encoded, tokenizer.vocab_size, notes)
-    write_tokens(val, [np.array(encoded.val, np.uint32)], tokenizer.vocab_size, notes)
-
-
-def own_files() -> list[Path]:
-    """Files of this program that the embedded corpus depends on."""
-    rooms = (HERE, HERE.parent / "tasks")
-    return [*(file for room in rooms for file in sorted(room.glob("*.py"))), HERE / "stories.txt"]
-
-
-def task_files(name: str) -> list[Path]:
-    """Files that a task depends on besides our own: the user's module, and what it reads.
-
-    Raises UserError for a task that is not there.
-    """
-    task, head = load_task(name), name.partition(":")[0]
-    module = [] if head in TASKS else [Path(sys.modules[head].__file__)]
-    return [*module, *task.files]
-
-
-def folder_name(source: str, tokenizer: Tokenizer, seed: int) -> str:
-    """A name that changes with everything that the token files depend on."""
-    what = [source, seed, sys.version, tokenizer.ranks, tokenizer.pattern, tokenizer.specials]
-    what += [file.read_bytes() for file in own_files()]
-    kind, _, argument = source.partition(":")
-    if Path(source).exists():
-        stats = [(file, file.stat()) for file in folder_files(Path(source))]
-        what += [(str(file), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
-    elif kind == "local" and argument:
-        what += [file.read_bytes() for file in task_files(argument)]
-    name = "".join(letter if letter.isalnum() else "-" for letter in Path(source).name)[:40]
-    return f"{name}-{hashlib.sha256(repr(what).encode()).hexdigest()[:10]}"
+        write_tokens(paths[0], encoded, tokenizer.vocab_size, notes)
+        write_tokens(paths[1], [np.array(encoded.val, np.uint32)], tokenizer.vocab_size, notes)
+        train, val = map(TokenFile, paths)
+    return train, val
 
 
 def prepare(source: str | Path, tokenizer: Tokenizer, cache_dir: str | Path, *, seed: int = 0,
@@ -284,31 +276,29 @@ def prepare(source: str | Path, tokenizer: Tokenizer, cache_dir: str | Path, *, 
     """Token files of a corpus: made once, then found in `cache_dir`.
 
     `source`: "local" (or "local:TASK": its reasoning is that task alone), "shakespeare",
-    "tinystories[:MB]", "fineweb[:SHARDS]", or a text file or folder. Raises UserError for text,
-    network or disk that is not there.
+    "tinystories[:MB]", "fineweb[:SHARDS]", or a file or folder of text, .jsonl and .parquet. Files
+    of the cache that are damaged are made anew. Raises UserError for text, network or disk that is
+    not there.
     """
     source, cache = str(source), Path(cache_dir)
     try:
         folder = cache / folder_name(source, tokenizer, seed)
         if is_kind(source, "fineweb"):
-            write_fineweb(folder, cache, amount(source) or 1, tokenizer, log)
-            domains = ["web"]
+            made = {"web": write_fineweb(folder, cache, amount(source) or 1, tokenizer, log)}
         else:
             documents = open_domains(source, cache, seed, log)
-            for domain, texts in documents.items():
-                write_domain(folder, domain, texts, tokenizer, source)
-            domains = list(documents)
-        train, val = ({domain: TokenFile(folder / f"{domain}.{split}.bin") for domain in domains}
-                      for split in ("train", "val"))
+            made = {domain: write_domain(folder, domain, texts, tokenizer, source, log)
+                    for domain, texts in documents.items()}
     except OSError as error:
         raise UserError(f"data: cannot prepare {source!r} in {cache}: {error}") from None
-    return Corpus(domains, train, val, describe(source, train, val))
+    train, val = ({domain: pair[side] for domain, pair in made.items()} for side in (0, 1))
+    return Corpus(list(made), train, val, describe(source, train, val))
 
 
 def open_domains(source: str, cache: Path, seed: int,
                  log: Callable) -> dict[str, Iterator[Document]]:
     """The documents of a source by domain; none is read or downloaded before it is iterated."""
-    if Path(source).exists():
+    if is_place(source):
         return {"text": folder_documents(Path(source), log)}
     kind, _, argument = source.partition(":")
     if kind == "local":
@@ -324,13 +314,13 @@ def open_domains(source: str, cache: Path, seed: int,
 def is_kind(source: str, kind: str) -> bool:
     """Whether the source is this one, alone or with a number above 0: "fineweb", "fineweb:3"."""
     is_numbered = source.startswith(kind + ":") and amount(source) > 0
-    return not Path(source).exists() and (source == kind or is_numbered)
+    return not is_place(source) and (source == kind or is_numbered)
 
 
 def amount(source: str) -> int:
     """The number behind the colon, 0 where there is none."""
     argument = source.partition(":")[2]
-    return int(argument) if argument.isdecimal() else 0
+    return int(argument) if argument.isdecimal() and len(argument) < 10 else 0
 
 
 def describe(source: str, train: dict[str, TokenFile], val: dict[str, TokenFile]) -> str:

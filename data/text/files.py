@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import re
 import time
 import urllib.error
 import urllib.request
@@ -9,8 +10,17 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 from data.io.cli import UserError
+from data.tasks.task import ASSISTANT, EOS, USER
 
 Document = tuple[str, str]  # what its side, training or validation, is decided by; and its text
+BORDER = "<|endoftext|>"  # between documents, wherever a text was made for GPT-2
+RECORD = 16_000  # characters; what has borders of its own is cut from twice as many on
+CUTS = (re.compile(r"\n[^\S\n]*\n"), re.compile(r"\n"), re.compile(r"\s"))  # best first
+ROW = '{"text": "..."} or {"messages": [{"role": "user", "content": "..."}, ...]}'
+
+
+class Trusted(str):
+    """Text in which special tokens are meant: we wrote it, or the user as messages of a chat."""
 
 
 def folder_files(path: Path) -> list[Path]:
@@ -22,46 +32,131 @@ def folder_files(path: Path) -> list[Path]:
                   if not any(part.startswith(".") for part in file.relative_to(path).parts))
 
 
-def folder_documents(path: Path, log: Callable = print) -> Iterator[Document]:
-    """Every text file below a folder (or one file), cut at blank lines into some thousand characters.
+def decode_text(data: bytes) -> str:
+    """Text of UTF-8, or of UTF-16 with its byte order mark; every line ends with `\\n`.
 
-    Raises UserError when there is no text, or a file cannot be read.
+    Raises UnicodeError naming line and byte (from 0) of what is no text.
+    """
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = unix_lines(data[: error.start].decode(encoding, "replace")).count("\n") + 1
+        raise UnicodeError(f"line {line}, byte {error.start} (0x{data[error.start]:02x}) is not "
+                           f"{encoding.upper()}: save it as UTF-8") from None
+    if "\0" in text:
+        raise UnicodeError("it is not UTF-8 text: it holds zero bytes, as binary files do")
+    return unix_lines(text)
+
+
+def unix_lines(text: str) -> str:
+    """Line ends of Windows (CRLF) and old Macs (CR) as `\\n`, without a byte order mark."""
+    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+
+
+def folder_documents(path: Path, log: Callable = print) -> Iterator[Document]:
+    """The documents of every file below a folder (or of one file): text, .jsonl and .parquet.
+
+    Raises UserError when there is no text, a file cannot be read, or a row is odd.
     """
     is_empty, foreign = True, []
     for file in folder_files(path):
         try:
-            text = file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:
-            text = "\0"  # as binary files have
+            for text in file_documents(file):
+                is_empty = False
+                yield text, text
         except OSError as error:
-            raise UserError(f"data: cannot read {file}: {error.strerror}") from None
-        if "\0" in text:
-            foreign.append(file)
-            continue
-        for part in cut(text, "\n\n", min(8_000, max(500, len(text) // 200))):
-            is_empty = False
-            yield part, part
+            raise UserError(f"data: cannot read {file}: {error.strerror or error}") from None
+        except UnicodeError as error:
+            foreign.append(f"{file}: {error}")
     if is_empty:
-        reason = f"{foreign[0]} is not UTF-8 text" if foreign else "it is empty"
-        raise UserError(f"data: {path} holds no text: {reason}; "
-                        "wanted a text file or a folder of them")
+        raise UserError(f"data: {path} holds no text: {foreign[0] if foreign else 'it is empty'}; "
+                        "wanted a text file, .jsonl, .parquet or a folder of them")
     if foreign:
         log(f"data        left out {len(foreign)} files that are not UTF-8 text, such as {foreign[0]}")
 
 
-def cut(text: str, mark: str, size: int) -> Iterator[str]:
-    """Pieces of at least `size` characters (the last: any), cut behind `mark`, or at twice the size.
+def file_documents(file: Path) -> Iterator[str]:
+    """The documents of a file. Raises UnicodeError where it is no text, UserError for an odd row."""
+    kind = file.suffix.lower()
+    if kind not in (".jsonl", ".parquet"):
+        text = decode_text(file.read_bytes())
+        is_marked = text.count(BORDER) > 1  # one may as well stand at the end of a book
+        yield from records(text, RECORD if is_marked else min(8_000, max(500, len(text) // 200)))
+        return
+    for where, shown, row in (jsonl_rows if kind == ".jsonl" else parquet_rows)(file):
+        if (text := row_text(row)) is None:
+            raise UserError(f"data: {file}, {where}: got {shown}, wanted {ROW}")
+        yield from [text] if isinstance(text, Trusted) else records(text, RECORD)
 
-    >>> list(cut("one. two. three. four.", ". ", 6))
-    ['one. two. ', 'three. four.']
+
+def records(text: str, size: int) -> Iterator[str]:
+    """What stands between borders, each by itself cut into pieces of `size`."""
+    for part in map(str.strip, text.split(BORDER)) if BORDER in text else [text]:
+        yield from cut(part, size)
+
+
+def cut(text: str, size: int) -> Iterator[str]:
+    """Pieces of `size` to twice as many characters (the last: any), cut behind a blank line.
+
+    Where there is none, behind a line, else a space; inside a word only if it alone is longer.
+
+    >>> list(cut("one two\\nthree four five", 6))
+    ['one two\\n', 'three four ', 'five']
     """
     start = 0
     while start < len(text):
-        found = text.find(mark, start + size, start + 2 * size)
-        end = found + len(mark) if found >= 0 else start + 2 * size
+        low, end = start + size, start + 2 * size
+        places = CUTS if end < len(text) else CUTS[:1]  # the rest may stay in one piece
+        found = next(filter(None, (place.search(text, low, end) for place in places)), None)
+        if found:
+            end = found.end()
+        elif end < len(text):  # a long word: from its beginning on
+            space = max(text.rfind(sign, start, low) for sign in " \t\n")
+            end = space + 1 if space > start else end
         if text[start:end].strip():
             yield text[start:end]
         start = end
+
+
+def jsonl_rows(path: Path) -> Iterator[tuple[str, str, object]]:
+    """Each line's place, its beginning to show, and its JSON value: None where it is none."""
+    for number, line in enumerate(decode_text(path.read_bytes()).split("\n"), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                row = None
+            yield f"line {number}", repr(line.strip()[:60]), row
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[str, str, object]]:
+    """The same for each row of a .parquet file. Raises UserError without pyarrow, which reads it."""
+    try:
+        from pyarrow import ArrowException, parquet
+
+        with parquet.ParquetFile(path) as file:
+            names = [name for name in ("text", "messages") if name in file.schema_arrow.names]
+            batches = file.iter_batches(columns=names or None)
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, 1):
+                yield f"row {number}", repr(row)[:60], row
+    except ImportError:
+        raise UserError(f"data: {path} needs pyarrow: pip install pyarrow") from None
+    except ArrowException as error:
+        raise UserError(f"data: {path} is not a parquet file: {str(error)[:80]!r}") from None
+
+
+def row_text(row) -> str | None:
+    """The text of a row, or its chat with the marks of our template; None where it has neither."""
+    marks = {"user": USER + "{}", "assistant": ASSISTANT + "{}" + EOS, "system": "{}", "tool": "{}"}
+    try:
+        if isinstance(row.get("text"), str):
+            return unix_lines(row["text"])
+        turns = [marks[turn["role"]].format(unix_lines(turn["content"])) for turn in row["messages"]]
+    except (AttributeError, KeyError, TypeError):
+        return None
+    return Trusted("".join(turns).removesuffix(EOS)) if turns else None  # which every document gets
 
 
 def read_examples(path: str | Path) -> list[tuple[str, str]]:
@@ -71,21 +166,14 @@ def read_examples(path: str | Path) -> list[tuple[str, str]]:
     """
     pairs = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        for where, shown, row in jsonl_rows(Path(path)):
+            pair = (row.get("question"), row.get("answer")) if isinstance(row, dict) else (0, 0)
+            if not all(isinstance(text, str) for text in pair):
+                raise UserError(f"examples: {path}, {where}: got {shown}, "
+                                'wanted {"question": "...", "answer": "..."}')
+            pairs.append(pair)
+    except (OSError, UnicodeError) as error:
         raise UserError(f"examples: cannot read {path}: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        pair = (row.get("question"), row.get("answer")) if isinstance(row, dict) else (None, None)
-        if not all(isinstance(text, str) for text in pair):
-            raise UserError(f"examples: {path}, line {number}: got {line.strip()[:60]!r}, "
-                            'wanted {"question": "...", "answer": "..."}')
-        pairs.append(pair)
     if not pairs:
         raise UserError(f"examples: {path} is empty: python -m data.tasks writes some")
     return pairs
@@ -145,3 +233,8 @@ def fetch_part(url: str, part: Path, start: int, limit: int | None) -> bool:
             while start < end and (block := answer.read(min(1 << 20, end - start))):
                 start += file.write(block)
     return start == end
+
+
+def is_place(source: str) -> bool:
+    """Whether a source is a file or folder of the user; `local` is the embedded corpus, ./local a folder."""
+    return source != "local" and Path(source).exists()

@@ -1,5 +1,6 @@
 """Token files, and what cuts them into batches: exact about epochs, ranks and resuming."""
 
+import hashlib
 import json
 import random
 from bisect import bisect_right
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from data.io.checkpoint import written_aside
 from data.io.cli import UserError
-from data.tasks.task import EOS, prompt_text
+from data.tasks.task import ASSISTANT, EOS, prompt_text
 
 HEADER_BYTES = 1024
 MAGIC = "plainseek tokens 1"
@@ -24,38 +25,58 @@ def write_tokens(path: Path, chunks: Iterable[np.ndarray], vocab_size: int,
                  notes: Callable[[], dict]) -> None:
     """Write ids as uint16 (uint32 above 65,536 ids) behind a JSON header, whole or not at all.
 
-    `notes()`, asked behind the last chunk, says what more stands in the header. Raises UserError
-    when the file cannot be written.
+    `notes()`, asked behind the last chunk, says what more stands in the header; a text there keeps
+    its last 40 characters. Raises UserError when the file cannot be written.
     """
     dtype, count = np.dtype("uint16" if vocab_size <= 1 << 16 else "uint32"), 0
+    content = hashlib.sha256()
     with written_aside(path) as aside, open(aside, "wb") as file:
         file.write(b" " * HEADER_BYTES)
         for chunk in chunks:
-            file.write(np.asarray(chunk, dtype).tobytes())
+            ids = np.asarray(chunk, dtype).tobytes()
+            file.write(ids)
+            content.update(ids)
             count += len(chunk)
         header = {"magic": MAGIC, "count": count, "dtype": dtype.name, "vocab_size": vocab_size}
+        header |= {name: value[-40:] if isinstance(value, str) else value
+                   for name, value in notes().items()}
         file.seek(0)
-        file.write(json.dumps(header | notes()).encode().ljust(HEADER_BYTES))
+        file.write(sealed(header | {"content": content.hexdigest()[:32]}))
+
+
+def sealed(header: dict) -> bytes:
+    """The first bytes of a token file: the header with a checksum over itself and what it says."""
+    fields = {name: value for name, value in header.items() if name != "checksum"}
+    checksum = hashlib.sha256(json.dumps(fields).encode()).hexdigest()[:32]
+    return json.dumps(fields | {"checksum": checksum}).encode().ljust(HEADER_BYTES)
 
 
 class TokenFile:
     """A file of token ids, mapped and not read: `header` names its corpus, `tokens` are the ids.
 
-    Raises UserError for a file that is foreign or shorter than its header says.
+    Its checksums are compared when it is opened. Raises UserError for a file that is foreign,
+    shorter than its header says, or damaged.
     """
 
     def __init__(self, path: str | Path):
         try:
             with open(path, "rb") as file:
-                self.header = json.loads(file.read(HEADER_BYTES))
+                head, content = file.read(HEADER_BYTES), hashlib.sha256()
+                while block := file.read(1 << 20):
+                    content.update(block)
+            self.header = json.loads(head)
             if self.header["magic"] != MAGIC:
                 raise ValueError("magic")
-        except (ValueError, KeyError, TypeError) as error:
+            count, dtype = self.header["count"], np.dtype(self.header["dtype"])
+            size = HEADER_BYTES + count * dtype.itemsize
+            is_sound = head == sealed(self.header | {"content": content.hexdigest()[:32]})
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is not a token file of this program ({error}): delete it") from None
-        count, dtype = self.header["count"], np.dtype(self.header["dtype"])
-        if Path(path).stat().st_size != HEADER_BYTES + count * dtype.itemsize:
+        if Path(path).stat().st_size != size:
             raise UserError(f"{path}: its header says {count:,} tokens, its size another number: "
                             "delete it")
+        if not is_sound:
+            raise UserError(f"{path} is damaged, its checksum is another: delete it")
         self.tokens = np.empty(0, dtype)
         if count:
             self.tokens = np.memmap(path, dtype, "r", HEADER_BYTES)  # (count,)
@@ -79,6 +100,11 @@ def split_batch(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
 
+def digest(value: list) -> str:
+    """16 hexadecimal digits that change with what is in the list."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
 def rank_share(start: int, sequences: int, rank: int, world_size: int) -> range:
     """This rank's places among the next sequences. Raises UserError when they do not divide."""
     if sequences < 1 or sequences % world_size:
@@ -86,12 +112,17 @@ def rank_share(start: int, sequences: int, rank: int, world_size: int) -> range:
     return range(start + rank, start + sequences, world_size)
 
 
-def check_same(saved: dict, now: dict, keys: tuple[str, ...]) -> None:
+def check_same(saved: dict, now: dict) -> None:
     """Raises UserError when a saved position counts something else than now."""
-    for key in keys:
-        if saved[key] != now[key]:
-            raise UserError(f"cannot continue: the run was saved with {key} {saved[key]}, "
-                            f"now it is {now[key]}")
+    position = saved.get("position") if isinstance(saved, dict) else None
+    if type(position) is not int or position < 0:
+        raise UserError(f"cannot continue: the run was saved at position {position!r}")
+    for key, value in now.items():
+        was = saved.get(key)
+        if key == "plain":  # a state of its own, compared by its loader
+            was, value = (type(state).__name__ for state in (was, value))
+        if key != "position" and was != value:
+            raise UserError(f"cannot continue: the run was saved with {key} {was}, now it is {value}")
 
 
 class Loader:
@@ -110,6 +141,7 @@ class Loader:
         self.starts = [0, *accumulate(counts)]  # first window of each file, and the end
         self.windows = self.starts[-1]
         self._shuffled = -1, np.empty(0, np.int64)  # an epoch and its order
+        self.corpus = digest([file.header["content"] for file in self.files])
         if not self.windows:
             raise UserError(f"the corpus has {sum(map(len, self.files)):,} tokens in its training "
                             f"part, wanted more than one sequence of {seq_len}: "
@@ -133,11 +165,11 @@ class Loader:
     def state_dict(self) -> dict:
         """Where the loader stands, and what this number counts."""
         return {"position": self.position, "seed": self.seed, "seq_len": self.seq_len,
-                "windows": self.windows}
+                "windows": self.windows, "corpus": self.corpus}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from there. Raises UserError when the corpus or its cutting is another one."""
-        check_same(state, self.state_dict(), ("seed", "seq_len", "windows"))
+        check_same(state, self.state_dict())
         self.position = state["position"]
 
 
@@ -159,6 +191,7 @@ class Examples:
             raise UserError(f"no example fits into {seq_len} tokens, the shortest has "
                             f"{min(sizes, default=0)}: use a larger --seq_len")
         self.left_out = len(pairs) - len(self.rows)
+        self.corpus = digest(self.rows)
         self.seq_len, self.seed, self.plain = seq_len, seed, plain
         self.rank, self.world_size, self.position = rank, world_size, 0
 
@@ -184,11 +217,12 @@ class Examples:
     def state_dict(self) -> dict:
         """Where the loader stands, and what this number counts."""
         return {"position": self.position, "seed": self.seed, "seq_len": self.seq_len,
-                "examples": len(self.rows), "plain": self.plain and self.plain.state_dict()}
+                "examples": len(self.rows), "corpus": self.corpus,
+                "plain": self.plain and self.plain.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Go on from there. Raises UserError when the examples or their length are others."""
-        check_same(state, self.state_dict(), ("seed", "seq_len", "examples"))
+        check_same(state, self.state_dict())
         self.position = state["position"]
         if self.plain:
             self.plain.load_state_dict(state["plain"])
@@ -200,3 +234,10 @@ def eval_batches(file: TokenFile, seq_len: int, batch: int,
     rows = [file.window(i, seq_len) for i in range(min(limit, file.windows(seq_len)))]
     for start in range(0, len(rows), batch):
         yield split_batch(rows[start : start + batch])
+
+
+def opening(tokens: list[int], tokenizer, length: int = 12) -> list[int]:
+    """The beginning of the first document that begins in `tokens`; of a dialogue, the question."""
+    start = tokens.index(tokenizer.bos_id) if tokenizer.bos_id in tokens else 0
+    head, assistant = tokens[start : start + 64], tokenizer.specials[ASSISTANT]
+    return head[: head.index(assistant) + 1] if assistant in head else head[:length]

@@ -1,31 +1,30 @@
-"""A byte-level BPE run by tiktoken, its trainer, and readers of other tokenizers.
+"""A byte-level BPE run by tiktoken, and readers of other tokenizers; bpe.py trains one.
 
     python -m data.text.tokenizer my/texts 2048 my/tokenizer     train one on your own text
     python train.py --tokenizer my/tokenizer ...                 and use it
 """
 
 import base64
-import heapq
+import hashlib
 import json
-from collections import Counter, defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Iterable
 
-import regex
 import tiktoken
 
-from data.io.checkpoint import written_aside
+from data.io.checkpoint import note_of, written_aside
 from data.io.cli import UserError, nearest, run_main
+from data.tasks.task import ASSISTANT, BOS, EOS, TAGS, USER
+from data.text.bpe import PATTERN, teller, train_bpe
 from data.text.files import folder_documents
 
-# A word with the sign or space before it, one digit, signs, line breaks, spaces: every character is
-# in one.
-PATTERN = (r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
-           r"\s+(?!\S)|\s+")
-SPECIALS = (
-    "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>", "<｜User｜>", "<｜Assistant｜>",
-    "<think>", "</think>", "<answer>", "</answer>", *(f"<｜reserved▁{i}｜>" for i in range(7)),
-)
+SPECIALS = (BOS, EOS, "<｜▁pad▁｜>", USER, ASSISTANT, *TAGS,
+            *(f"<｜reserved▁{i}｜>" for i in range(7)))
+SHOWN = {USER, ASSISTANT, *TAGS}  # of them what a reader sees: not special to Hugging Face
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+          "chat_template.jinja")  # files that go on with the tokenizer.json that they lay beside
+HIGHEST_ID = (1 << 24) - 1  # a higher one is damage, and would want an embedding of its size
 RANK_FILE = Path(__file__).with_name("plainseek.tiktoken")  # train_bpe's, on "local", code twice
 
 # DeepSeek's three splits (digits, CJK runs, words) as one alternation: each class has to treat what
@@ -53,7 +52,8 @@ CHAT_TEMPLATE = (
 class Tokenizer:
     """Text to ids and back: rank = id = order of merging; the ids of `specials` come after.
 
-    (In DeepSeek's files also before.) `source` is the tokenizer.json that it was read from, if any.
+    (In DeepSeek's files also before.) `source` holds the files that it was read from, if any: names
+    and bytes of tokenizer.json and of what lay beside it.
 
     >>> tokenizer = load_tokenizer("plainseek:1024")
     >>> tokenizer.decode(tokenizer.encode("12+30"))
@@ -63,9 +63,9 @@ class Tokenizer:
     """
 
     def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int],
-                 source: str = ""):
+                 source: dict[str, bytes] | None = None):
         self.name, self.ranks, self.pattern = name, ranks, pattern
-        self.specials, self.source = specials, source
+        self.specials, self.source = specials, source or {}
         self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                                           special_tokens=specials)
         self.vocab_size = self.encoding.n_vocab
@@ -96,20 +96,36 @@ class Tokenizer:
         """Text of the ids; broken characters become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-    def save(self, directory: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers.AutoTokenizer reads them.
+    def files(self, context: int | None = None) -> dict[str, bytes]:
+        """Names and contents of what transformers.AutoTokenizer and generate read; it gives equal ids.
 
-        It gives equal ids. Raises UserError when they cannot be written.
+        `context` is the model's longest sequence. What the tokenizer was read from goes on unchanged.
         """
-        pad = SPECIALS[2] if SPECIALS[2] in self.specials else SPECIALS[1]
-        config = {"tokenizer_class": "PreTrainedTokenizerFast",
-                  "clean_up_tokenization_spaces": False, "bos_token": SPECIALS[0],
-                  "eos_token": SPECIALS[1], "pad_token": pad, "chat_template": CHAT_TEMPLATE}
-        text = self.source or json.dumps(self._to_json(), ensure_ascii=False)
-        with written_aside(Path(directory) / "tokenizer.json") as aside:
-            aside.write_bytes(text.encode())  # bytes: line ends stay as they are
-        with written_aside(Path(directory) / "tokenizer_config.json") as aside:
-            aside.write_bytes(json.dumps(config, ensure_ascii=False, indent=1).encode())
+        pad = SPECIALS[2] if SPECIALS[2] in self.specials else EOS
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
+                  "clean_up_tokenization_spaces": False, "bos_token": BOS, "eos_token": EOS,
+                  "pad_token": pad, "chat_template": CHAT_TEMPLATE}
+        if context:
+            config["model_max_length"] = context
+        generation = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id,
+                      "pad_token_id": self.specials[pad], "do_sample": True, "temperature": 0.8}
+        made = {"tokenizer_config.json": json.dumps(config, ensure_ascii=False, indent=1),
+                "generation_config.json": json.dumps(generation, indent=1)}
+        if not self.source:
+            made["tokenizer.json"] = json.dumps(self._to_json(), ensure_ascii=False)
+        return {name: text.encode() for name, text in made.items()} | self.source
+
+    def save(self, directory: str | Path, context: int | None = None) -> None:
+        """Write `files`: all are complete on disk before the first one takes its place.
+
+        Files of another tokenizer's that lay there go. Raises UserError when it cannot write.
+        """
+        files = self.files(context)
+        with ExitStack() as stack:
+            for name, content in files.items():
+                stack.enter_context(written_aside(Path(directory) / name)).write_bytes(content)
+        for name in set(BESIDE) - set(files):
+            (Path(directory) / name).unlink(missing_ok=True)
 
     def _to_json(self) -> dict:
         ranks, letters = self.ranks, byte_letters()
@@ -120,9 +136,14 @@ class Tokenizer:
                 left, right = ranks.get(token[:i]), ranks.get(token[i:])
                 if left is not None and right is not None:
                     merges.append([spelled[left], spelled[right]])
-        added = [{"id": i, "content": token, "special": True, "single_word": False,
+        added = [{"id": i, "content": token, "special": token not in SHOWN, "single_word": False,
                   "lstrip": False, "rstrip": False, "normalized": False}
                  for token, i in self.specials.items()]
+        begin, first, second = ({kind: {"id": name, "type_id": 0}} for kind, name in
+                                (("SpecialToken", BOS), ("Sequence", "A"), ("Sequence", "B")))
+        template = {"type": "TemplateProcessing", "single": [begin, first],
+                    "pair": [begin, first, begin, second],
+                    "special_tokens": {BOS: {"id": BOS, "ids": [self.bos_id], "tokens": [BOS]}}}
         split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated",
                  "invert": False}
         level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
@@ -131,7 +152,7 @@ class Tokenizer:
         return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
                 "normalizer": None,
                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
-                "post_processor": None, "decoder": level,
+                "post_processor": template, "decoder": level,
                 "model": {"type": "BPE", "ignore_merges": True, "vocab": vocab, "merges": merges}}
 
 
@@ -143,13 +164,23 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     tokenizer.json. Raises UserError when there is none or it is of a kind that is not known.
     """
     name, _, size = str(source).partition(":")
-    path = Path(source) / "tokenizer.json" if Path(source).is_dir() else Path(source)
-    if path.exists():
-        try:
-            return _from_json(path.read_bytes().decode("utf-8"), str(source))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"tokenizer {path}: cannot be used ({error!r}), "
-                            "wanted a byte-level BPE") from None
+    path = Path(source)
+    try:
+        path = path / "tokenizer.json" if path.is_dir() else path
+        if path.exists():
+            beside = [path.with_name(name) for name in BESIDE] if path.name == "tokenizer.json" else []
+            files = {"tokenizer.json": path.read_bytes()}
+            noted = note_of(path.parent, "tokenizer") if beside else None
+            if noted not in (None, hashlib.sha256(files["tokenizer.json"]).hexdigest()[:16]):
+                raise UserError(f"{path}: is not the tokenizer that the weights beside it were saved with")
+            files |= {file.name: file.read_bytes() for file in beside if file.exists()}
+            return _from_json(files, str(source))
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RecursionError) as error:
+        raise UserError(f"tokenizer {path}: cannot be used ({repr(error)[:200]}), "
+                        "wanted a byte-level BPE") from None
     if name == "plainseek":
         return _plainseek(size or "4096")
     if str(source) in ("gpt2", "cl100k"):
@@ -168,7 +199,7 @@ def with_specials(name: str, ranks: dict[bytes, int], pattern: str, first: int,
 
 def _plainseek(size: str) -> Tokenizer:
     least = 256 + len(SPECIALS)
-    if not size.isdecimal() or not least <= int(size) <= 4096:
+    if not size.isdecimal() or len(size) > 4 or not least <= int(size) <= 4096:
         raise UserError(f"tokenizer: plainseek:{size}, wanted a size from {least} to 4096")
     count = int(size) - len(SPECIALS)
     lines = RANK_FILE.read_bytes().splitlines()[:count]  # "token in base64, rank", as tiktoken's
@@ -186,8 +217,11 @@ def _from_tiktoken(name: str) -> Tokenizer:
                          encoding._special_tokens)
 
 
-def _from_json(text: str, name: str) -> Tokenizer:
-    values = json.loads(text)
+def _from_json(files: dict[str, bytes], name: str) -> Tokenizer:
+    values, *others = (json.loads(text.decode("utf-8")) for file, text in files.items()
+                       if file.endswith(".json"))
+    if not all(isinstance(value, dict) for value in others):
+        raise ValueError("what lies beside it is no JSON object")
     steps = values["pre_tokenizer"].get("pretokenizers", [values["pre_tokenizer"]])
     patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
     if len(patterns) == 3 and patterns[0] == r"\p{N}{1,3}":
@@ -208,7 +242,39 @@ def _from_json(text: str, name: str) -> Tokenizer:
     bytes_of = {letter: byte for byte, letter in byte_letters().items()}
     ranks = {bytes(map(bytes_of.get, token)): rank
              for token, rank in vocab.items() if token not in specials}
-    return Tokenizer(name, ranks, pattern, specials, text)
+    check_ids(ranks, specials, set(order))
+    return Tokenizer(name, ranks, pattern, specials, files)
+
+
+def check_ids(ranks: dict[bytes, int], specials: dict[str, int], merged: set[int]) -> None:
+    """Raises ValueError for what tiktoken would end the program for, or what damage has left."""
+    seen = set()
+    for token, i in (ranks | specials).items():
+        if type(i) is not int or not 0 <= i <= HIGHEST_ID or not token:
+            raise ValueError(f"the id of {token!r} is {i!r}, wanted 0 to {HIGHEST_ID}")
+        if i in seen:
+            raise ValueError(f"two tokens have the id {i}")
+        if len(token) > 1 and token not in specials and i not in merged:
+            raise ValueError(f"no merge makes {token!r}")
+        seen.add(i)
+    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+        raise ValueError(f"it lacks the byte {missing[0]}")
+
+
+def check_belongs(tokenizer: Tokenizer, sizes) -> None:
+    """Raises UserError when a tokenizer that lies beside a model is another model's.
+
+    sizes: the model's config, with vocab_size (which may be padded), bos_token_id and eos_token_id,
+    None where its config.json has none.
+    """
+    name = f"tokenizer {tokenizer.name}: it belongs to another model:"
+    if tokenizer.vocab_size > sizes.vocab_size:
+        raise UserError(f"{name} got {tokenizer.vocab_size} ids, wanted at most vocab_size {sizes.vocab_size}")
+    bos, eos = sizes.bos_token_id, sizes.eos_token_id
+    pairs = (("begin", tokenizer.bos_id, "bos", bos), ("end", tokenizer.eos_id, "eos", eos))
+    for mark, ours, key, theirs in pairs:
+        if theirs is not None and ours not in (theirs if isinstance(theirs, list) else [theirs]):
+            raise UserError(f"{name} its {mark} token has the id {ours}, wanted {key}_token_id {theirs}")
 
 
 def byte_letters() -> dict[int, str]:
@@ -219,65 +285,14 @@ def byte_letters() -> dict[int, str]:
     return letters | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
 
 
-def train_bpe(texts: Iterable[str], size: int, pattern: str = PATTERN) -> dict[bytes, int]:
-    """Byte-pair encoding: from 256 bytes on, join the most frequent pair until `size` ranks.
-
-    Distinct words are counted once. A heap holds (-count, pair), an index the words of each pair,
-    so a merge touches only the words that contain it; an entry whose count has changed since is put
-    back.
-
-    >>> sorted(train_bpe(["low low lower"], 258), key=len)[-1]
-    b'low'
-    """
-    counts = Counter(word for text in texts for word in regex.findall(pattern, text))
-    words = [[bytes([byte]) for byte in word.encode("utf-8", "replace")] for word in counts]
-    weights, pair_counts, places = list(counts.values()), Counter(), defaultdict(set)
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pair_counts[pair] += weights[i]
-            places[pair].add(i)
-    heap = [(-count, pair) for pair, count in pair_counts.items()]
-    heapq.heapify(heap)
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    while len(ranks) < size and heap:
-        count, pair = heapq.heappop(heap)
-        if -count != pair_counts[pair]:
-            if pair_counts[pair] > 0:
-                heapq.heappush(heap, (-pair_counts[pair], pair))
-            continue
-        ranks.setdefault(pair[0] + pair[1], len(ranks))
-        changed = set()
-        for i in places.pop(pair):
-            for before in zip(words[i], words[i][1:]):
-                pair_counts[before] -= weights[i]
-            words[i] = join(words[i], pair)
-            for after in zip(words[i], words[i][1:]):
-                pair_counts[after] += weights[i]
-                places[after].add(i)
-                changed.add(after)
-        for after in changed:
-            heapq.heappush(heap, (-pair_counts[after], after))
-    return ranks
-
-
-def join(word: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
-    """The word with every occurrence of the pair, from left to right, as one part."""
-    out, i = [], 0
-    while i < len(word):
-        is_pair = tuple(word[i : i + 2]) == pair
-        out.append(pair[0] + pair[1] if is_pair else word[i])
-        i += 2 if is_pair else 1
-    return out
-
-
 def main(argv: list[str]) -> None:
     """Train a tokenizer on a text file or folder and save it."""
     least = 256 + len(SPECIALS)
-    if len(argv) != 3 or not argv[1].isdecimal() or int(argv[1]) < least:
+    if len(argv) != 3 or not argv[1].isdecimal() or len(argv[1]) > 9 or int(argv[1]) < least:
         raise UserError("wanted: python -m data.text.tokenizer TEXTS SIZE DIRECTORY, "
                         f"with SIZE at least {least}")
     texts = (text for _, text in folder_documents(Path(argv[0])))
-    ranks = train_bpe(texts, int(argv[1]) - len(SPECIALS))
+    ranks = train_bpe(texts, int(argv[1]) - len(SPECIALS), tell=teller(print))
     with_specials(argv[2], ranks, PATTERN, len(ranks), {}).save(argv[2])
     print(f"{len(ranks)} ranks and {len(SPECIALS)} specials in {argv[2]}")
 

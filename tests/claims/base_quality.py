@@ -38,8 +38,7 @@ def snapshots(base: Path) -> dict[int, Path]:
 
 def evaluate(config: QualityConfig, directory: Path) -> dict:
     """Held-out questions, as rl.py asks them in between."""
-    opened = lab.open_checkpoint(config, directory)
-    return rl.evaluate(*opened, config, directory, min(8, config.eval_samples))
+    return lab.open_policy(config, directory).evaluate(min(8, config.eval_samples))
 
 
 def main(argv: list[str]) -> bool:
@@ -58,7 +57,7 @@ def main(argv: list[str]) -> bool:
     for share, seed in runs:
         rows[f"base at {share} %"] = [bases[share]]
         rows[f"  RL, seed {seed}, at {share} %"] = [policies[share, seed]]
-    lab.write_table(f"{config.folder}.txt", exam.table([config.task], rows))
+    exam.write_lines(f"{config.folder}.txt", exam.table([config.task], rows))
     points = [(share, bases[share], policies[share, seed]) for share, seed in runs]
     lab.quality_figure(f"{config.folder}.png", points)
     print(f"{config.folder}.png")

@@ -44,7 +44,7 @@ def fitness(model: Transformer, tokenizer, task: Task, count: int) -> tuple[floa
     def solved(begun: list[str], **sampling) -> float:
         texts = answers(begun, max_new_tokens=96, **sampling)
         rewards = [task.reward(problem, text) for problem, text in zip(problems, texts)]
-        return sum(reward["accuracy"] for reward in rewards) / count
+        return sum(reward["accuracy"] == 1 for reward in rewards) / count
 
     works = [task.trace(problem, rng, style="full", tagged=True) for problem in problems]
     ends = [rng.choice([place.end() for place in re.finditer("=", work)]) for work in works]

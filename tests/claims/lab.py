@@ -9,17 +9,15 @@ import data.tasks.__main__ as traces
 import rl
 import train
 from data.io import plot
-from data.io.checkpoint import written_aside
+from data.io.checkpoint import identity
 from data.io.cli import parse_flags, pick_device, to_flags
 from data.io.plot import COLORS, HEAD_ROOM, picture
 from data.io.run import Commands, RunConfig
-from data.tasks.task import Task
-from model import Transformer
 from rl import RLConfig
 
 PROGRAMS = {"train.py": train.main, "rl.py": rl.main, "data.tasks": traces.main, "data.io.plot": plot.main}
 NOT_OF_A_RUN = {"name", "recipe", "resume", "overwrite", "exam", "write", "count",
-                "sft_steps", "sft_lr", "mix"}
+                "sft_steps", "sft_lr", "mix", "variant"}  # whose knobs are spelled out
 
 
 def read_flags(cls, argv: Sequence[str], description: str, **usual):
@@ -37,23 +35,17 @@ def rl_command(config: RLConfig, name: str, **changes) -> str:
 
 def run_commands(config: RunConfig, commands: list[str]) -> bool:
     """Run them (see data.io.run.Commands); False when a signal ended one early."""
-    is_complete = Commands(config, PROGRAMS).run(commands)
+    of = identity(getattr(config, "base", "")) if getattr(config, "base", "") else ""
+    is_complete = Commands(config, PROGRAMS, of=of).run(commands)
     if not is_complete:
         print("the study goes on with its own command and --resume")
     return is_complete
 
 
-def open_checkpoint(config: RLConfig, directory: str | Path) -> tuple[Transformer, object, list[Task]]:
-    """Model, tokenizer and tasks, as `rl.evaluate` takes them. Raises UserError without a model."""
+def open_policy(config: RLConfig, directory: str | Path) -> rl.Policy:
+    """The checkpoint, to be asked with the knobs of the study. Raises UserError without a model."""
     world = train.Dist(device=pick_device(config.device))
-    return rl.open_base(replace(config, base=str(directory)), world)
-
-
-def write_table(path: str | Path, lines: list[str]) -> None:
-    """Print the lines, and keep them in a file."""
-    print("\n".join(lines))
-    with written_aside(path) as aside:
-        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return rl.Policy(replace(config, base=str(directory)), world)
 
 
 def thinking_figure(path: str | Path, found: dict[str, dict]) -> None:

@@ -10,7 +10,6 @@ README.md beside this file; ten terms, more than in any training question, stay 
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import Tensor
 
@@ -34,12 +33,13 @@ class ThinkingConfig(rl.RLConfig):
     policy: str = knob("out/rl", "checkpoint directory of what became of --base")
 
 
-def think_within(model, tokenizer, questions: list[rl.Question], budget: int, folder: Path,
+def think_within(policy: rl.Policy, questions: list[exam.Question], budget: int,
                  samples: int = 4) -> Tensor:
-    """Accuracy (Q,) when a thought is cut after `budget` tokens and the answer is asked for at once."""
+    """Share right (Q,) when a thought is cut after `budget` tokens and the answer asked for at once."""
+    tokenizer = policy.tokenizer
     begin, end = tokenizer.specials["<think>"], tokenizer.encode_trusted("</think><answer>")
-    rollout = rl.ask(model, tokenizer, questions, samples, folder, max_new_tokens=budget + 1)
-    right, asked = rollout.rewards["accuracy"].flatten(), rollout.asked  # (N,)
+    rollout = policy.ask(questions, samples, max_new_tokens=budget + 1)
+    right, asked = rollout.right.double().flatten(), rollout.asked  # (N,)
     cut = {}  # row -> its thought, closed
     for row in range(len(right)):
         thought = rollout.made.completion(row)
@@ -48,32 +48,31 @@ def think_within(model, tokenizer, questions: list[rl.Question], budget: int, fo
     if cut:
         prompts = [tokenizer.encode_trusted(prompt_text(asked[row].problem.question)) + thought
                    for row, thought in cut.items()]
-        made = generate(model, prompts, max_new_tokens=16, stop_ids=[tokenizer.eos_id], seed=budget)
+        made = generate(policy.model, prompts, max_new_tokens=16, stop_ids=[tokenizer.eos_id], seed=budget)
         for i, (row, thought) in enumerate(cut.items()):
             text = tokenizer.decode(thought + made.completion(i))
-            right[row] = rl.judge(asked[row], text, folder)["accuracy"]
+            right[row] = exam.judge(asked[row], text, policy.folder)["accuracy"] == 1
     return right.view(-1, samples).mean(1)
 
 
 def examine(config: ThinkingConfig, directory: str) -> dict:
     """What data/tasks/exam.py finds, and greedy, budget, harder: each [mean, standard error]."""
-    model, tokenizer, tasks = lab.open_checkpoint(config, directory)
-    folder, knobs = Path(directory), {"max_new_tokens": config.max_new_tokens}
-    found = rl.evaluate(model, tokenizer, tasks, config, folder, config.eval_samples)
-    questions = rl.draw_questions(tasks, "test", "held out", range(config.eval_questions))
-    greedy = rl.ask(model, tokenizer, questions, 1, folder, temperature=0.0, **knobs)
-    found["greedy"] = exam.mean_error(greedy.rewards["accuracy"].squeeze(1))
+    policy = lab.open_policy(config, directory)
+    found = policy.evaluate(config.eval_samples)
+    questions = policy.questions("test", "held out", range(config.eval_questions))
+    greedy = policy.ask(questions, 1, temperature=0.0).right  # (Q, 1)
+    found["greedy"] = exam.mean_error(greedy.double().squeeze(1))
     budgets = [budget for budget in BUDGETS if budget < config.max_new_tokens]
-    found["budget"] = {str(b): exam.mean_error(think_within(model, tokenizer, questions, b, folder))
-                       for b in budgets}
+    found["budget"] = {str(budget): exam.mean_error(think_within(policy, questions, budget))
+                       for budget in budgets}
     found["harder"] = {}
-    for task in tasks:
+    for task in policy.tasks:
         key, values = HARDER.get(task.name, ("", ()))
         for value in values:
             slots = range(config.eval_questions)
-            hard = rl.draw_questions([task], "test", "harder", slots, **{key: value})
-            accuracy = rl.ask(model, tokenizer, hard, 4, folder, **knobs).rewards["accuracy"]  # (Q, 4)
-            found["harder"][f"{task.name}, {value} {key}"] = exam.mean_error(accuracy.mean(1))
+            hard = exam.draw_questions([task], "test", "harder", slots, policy.room, **{key: value})
+            right = policy.ask(hard, 4).right.double()  # (Q, 4)
+            found["harder"][f"{task.name}, {value} {key}"] = exam.mean_error(right.mean(1))
     return found
 
 
@@ -90,7 +89,7 @@ def main(argv: list[str]) -> None:
     for name, shares in pairs.items():
         cells = [f"{100 * mean:.1f} ± {100 * error:.1f} %" for mean, error in shares]
         lines.append(f"{name:26}{cells[0]:>16}{cells[1]:>16}")
-    lab.write_table(f"{config.folder}.txt", lines)
+    exam.write_lines(f"{config.folder}.txt", lines)
     lab.thinking_figure(f"{config.folder}.png", found)
     print(f"{config.folder}.png")
 
