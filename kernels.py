@@ -169,7 +169,7 @@ def latent_attention_fused(q_latent, q_pe, latent, mask, scale) -> Tensor:
     T, H, R = q_latent.shape[1:]
     q = torch.cat((q_latent, q_pe), -1).flatten(1, 2).unsqueeze(1)  # (B, 1, T*H, R+P)
     keys = latent.unsqueeze(1)  # (B, 1, S, R+P)
-    seen = mask.repeat_interleave(H, dim=1).unsqueeze(1)  # (B or 1, 1, T*H, S)
+    seen = mask.unsqueeze(2).expand(-1, -1, H, -1).flatten(1, 2).unsqueeze(1)  # (B or 1, 1, T*H, S)
     z = F.scaled_dot_product_attention(q, keys, keys, seen, scale=scale)  # (B, 1, T*H, R+P)
     return z[:, 0, :, :R].unflatten(1, (T, H))
 

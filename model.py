@@ -669,14 +669,14 @@ class Transformer(nn.Module):
         Without MTP weights it is a model without MTP, and a line says so. Raises UserError naming
         missing and unexpected tensors and wrong shapes.
         """
-        config = checkpoint.config_of_weights(directory, Config)
+        config, weights = checkpoint.open_checkpoint(directory, Config)
         check_memory(asdict(config), dtype.itemsize)
         model = cls(config, impl, init=False)
         model.compute_dtype = dtype
         model.to(device=device, dtype=dtype)
         for _, moe in model.moe_layers():
             moe.gate.float()  # the router and its bias stay float32
-        checkpoint.copy_weights(directory, model.published())
+        checkpoint.copy_weights(directory, weights, model.published())
         return model
 
 

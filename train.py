@@ -73,7 +73,7 @@ def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: "Dist",
     routed tokens. Raises UserError when the gradient is not finite; the weights stay as they were.
     """
     raw = model.module if isinstance(model, DistributedDataParallel) else model
-    counts = count_targets(targets, raw.config, world).clamp(min=1)  # (3,)
+    counts = world.all_reduce_sum(count_targets(targets, raw.config)).clamp(min=1)  # (3,)
     weights = counts.new_tensor([1.0, mtp_loss_weight, aux_loss_alpha])
     scale = (weights / counts * world.world_size).float()  # (3,); DDP averages, we want the sum
     sums = torch.zeros_like(counts)
@@ -96,16 +96,15 @@ def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: "Dist",
     return losses | {"grad_norm": grad_norm, "load": load.cpu()}
 
 
-def count_targets(targets: Tensor, config: Config, world: "Dist") -> Tensor:
-    """Targets of ce, targets of mtp, and sequences in the global batch: (3,).
+def count_targets(targets: Tensor, config: Config) -> Tensor:
+    """Targets of ce, targets of mtp (mean over modules), and sequences in targets (n, T): (3,).
 
-    targets (n, T) of this rank. MTP module k has a target where there is one k tokens further on.
+    MTP module k has a target where there is one k tokens further on.
     """
-    is_real = targets != IGNORE  # (n, T)
-    ahead = [float(is_real[:, k:].sum()) for k in range(1, config.num_nextn_predict_layers + 1)]
-    counts = [float(is_real.sum()), sum(ahead) / max(1, len(ahead)), float(len(targets))]
-    wide = widest_float(targets.device)
-    return world.all_reduce_sum(torch.tensor(counts, dtype=wide, device=targets.device))
+    is_real = (targets != IGNORE).to(widest_float(targets.device))  # (n, T)
+    modules = config.num_nextn_predict_layers
+    ahead = sum((is_real[:, k:].sum() for k in range(1, modules + 1)), start=is_real.new_zeros(()))
+    return torch.stack((is_real.sum(), ahead / max(1, modules), is_real.new_tensor(len(targets))))
 
 
 def optimizer_step(model: Transformer, optimizer, lr: float, clip: float) -> float:
@@ -161,7 +160,7 @@ def evaluate(model: Transformer, batches: list, world: "Dist") -> tuple[dict, Te
         tokens, targets = tokens.to(world.device), targets.to(world.device)
         with evaluating(model):
             losses = model(tokens, targets, reduction="sum")
-        counts = count_targets(targets, config, Dist(device=world.device))
+        counts = count_targets(targets, config)
         mtp = losses.get("mtp", losses["ce"] * 0)
         sums += torch.stack([losses["ce"], mtp, counts[0], counts[1]])
         used += losses["load"][:layers] if layers else 0
@@ -221,8 +220,9 @@ class TrainConfig(RunConfig):
             floor = getattr(self, name)
         yield "tokens_per_step", f"a multiple of seq_len = {self.seq_len}", self.tokens_per_step % self.seq_len == 0
         if self.init_from:
+            usual = TrainConfig()
             for name in ("preset", "set", "tokenizer"):
-                is_default = getattr(self, name) == getattr(TrainConfig(), name)
+                is_default = getattr(self, name) == getattr(usual, name)
                 yield name, "none beside --init_from, which brings its own", is_default
             is_other = Path(self.init_from).resolve() != self.folder.resolve()
             yield "name", "another one than that of --init_from, which it would overwrite", is_other

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import rl
+import sample
 import train
-from data.io import checkpoint
+from data.io import checkpoint, cli
 from data.io.cli import UserError
 from data.io.run import RunFolder
 from model import Config, Transformer
+from sample import generate
 from tests.conftest import ROOT, start
-from tests.test_train import QUICK, SMALL, finished_in, small_model, trainer_in
+from tests.test_train import QUICK, SMALL, finished_in, random_batch, small_model, trainer_in
 
 
 @pytest.fixture(scope="module")
@@ -266,12 +270,51 @@ def test_a_refused_resume_changes_nothing(workplace, monkeypatch, exit_code):
     train.main([*flags, "--resume"])
 
 
-@pytest.mark.parametrize("sizes", [["first_k_dense_replace=9"], ["num_hidden_layers=1", "first_k_dense_replace=1"]])
-def test_dense_models_draw_and_end(workplace, monkeypatch, sizes, capsys):
-    """With experts in the MTP module alone, which is the default."""
+@pytest.mark.parametrize("modules", [0, 1])
+def test_dense_models_train_draw_and_come_back(workplace, monkeypatch, modules):
+    """With experts in the MTP module alone, and with none at all."""
     monkeypatch.chdir(workplace)
-    train.main([*TINY, "--set", *sizes, "--name", f"dense{len(sizes)}", "--steps", "2", "--device", "cpu"])
-    assert "checkpoint" in capsys.readouterr().out
+    sizes = ["first_k_dense_replace=9", f"num_nextn_predict_layers={modules}"]
+    train.main([*TINY, "--set", *sizes, "--name", f"dense{modules}", "--steps", "2", "--device", "cpu"])
+    folder = Path(f"out/dense{modules}")
+    assert (folder / "loss.png").exists() and not (folder / "expert_domains.png").exists()
+    assert (folder / "expert_load.png").exists() == bool(modules)
+    assert all((float(row["max_vio"]) > 0) == bool(modules) for row in RunFolder(folder).rows()[1:])
+    tokens = torch.arange(8).unsqueeze(0)  # (1, T)
+    losses = Transformer.from_pretrained(folder)(tokens, targets=tokens)
+    assert losses["ce"].isfinite() and ("load" in losses) == bool(modules)
+    assert "load" not in losses or losses["load"].shape[0] == modules
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses what mps refuses: a tensor in float64."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **kwargs or {})
+        for each in out if isinstance(out, (tuple, list)) else (out,):
+            assert not (isinstance(each, torch.Tensor) and each.dtype == torch.float64), f"{operation} in float64"
+        return out
+
+
+def everything(tmp_path: Path, name: str) -> None:
+    """Steps, evaluation and saving of training, sampling, and the loss of RL."""
+    trainer = finished_in(tmp_path / name, steps=2, evals={"val_text": [random_batch()]})
+    made = generate(trainer.model, [[1, 2], [3]], max_new_tokens=4, temperature=0.8, top_p=0.9, seed=0)
+    logps, mask = torch.randn(2, 4, requires_grad=True), torch.ones(2, 4, dtype=torch.bool)
+    weights = rl.token_weights(mask, 2, "token", 4)
+    old, advantages = logps.detach(), torch.tensor([1.0, -1.0])
+    rl.policy_loss(logps, old, old, advantages, mask, weights, rl.RLConfig())["total"].backward()
+    assert made.tokens.shape == (2, 6)
+
+
+def test_nothing_is_in_float64_on_a_device_that_has_none(tmp_path, monkeypatch):
+    assert cli.widest_float(torch.device("mps")) == torch.float32
+    with pytest.raises(AssertionError, match="in float64"), NoFloat64():
+        everything(tmp_path, "cpu")
+    for program in (train, rl, sample):
+        monkeypatch.setattr(program, "widest_float", lambda device: torch.float32)
+    with NoFloat64():
+        everything(tmp_path, "mps")
 
 
 def test_a_foreign_tokenizer_of_the_same_size_is_refused(workplace, monkeypatch):

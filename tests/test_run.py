@@ -17,6 +17,7 @@ from data.io import checkpoint
 from data.io.checkpoint import write_json, written_aside
 from data.io.cli import UserError
 from data.io.run import Loop, RunFolder, StopSignal, load_state, minutes, peak_memory
+from data.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 
@@ -134,7 +135,7 @@ def test_weights_come_back_from_shards_and_later_saves_leave_nothing_stale(tmp_p
     assert len(list(tmp_path.iterdir())) == files + 1 + (files > 1)
     assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 2}
     again = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
-    checkpoint.copy_weights(tmp_path, again)
+    checkpoint.copy_weights(tmp_path, checkpoint.open_weights(tmp_path), again)
     assert all(torch.equal(again[name], tensor) for name, tensor in tensors.items())
 
 
@@ -155,13 +156,13 @@ def test_a_disk_that_fills_while_a_late_shard_is_written(tmp_path, monkeypatch):
 
 def test_wrong_tensors_are_named_and_many_are_counted(tmp_path):
     checkpoint.save_weights(tmp_path, tensors_of(0), {})
-    views = tensors_of(0)
+    views, files = tensors_of(0), checkpoint.open_weights(tmp_path)
     with pytest.raises(UserError, match=r"7 unexpected tensors: t0.weight, .*t4.weight, \.\.\.$"):
-        checkpoint.copy_weights(tmp_path, {})
+        checkpoint.copy_weights(tmp_path, files, {})
     with pytest.raises(UserError, match="1 missing tensors: mine$"):
-        checkpoint.copy_weights(tmp_path, views | {"mine": torch.ones(1)})
+        checkpoint.copy_weights(tmp_path, files, views | {"mine": torch.ones(1)})
     with pytest.raises(UserError, match=r"t3.weight has shape \(5, 10\), config.json wants \(5, 9\)"):
-        checkpoint.copy_weights(tmp_path, views | {"t3.weight": torch.ones(5, 9)})
+        checkpoint.copy_weights(tmp_path, files, views | {"t3.weight": torch.ones(5, 9)})
     with pytest.raises(UserError, match="no weights"):
         checkpoint.open_weights(tmp_path / "nowhere")
 
@@ -177,10 +178,26 @@ def test_copies_of_embedding_and_head_in_the_mtp_layer_may_lack(tmp_path):
         kept = {name: tensor for name, tensor in names.items() if name not in left_out}
         checkpoint.save_weights(tmp_path, kept, {})
         blank = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
-        checkpoint.copy_weights(tmp_path, checkpoint.published_names(blank, 1, 1))
+        files = checkpoint.open_weights(tmp_path)
+        checkpoint.copy_weights(tmp_path, files, checkpoint.published_names(blank, 1, 1))
         assert all(torch.equal(blank[name], state[name]) for name in state)
-        assert checkpoint.has_mtp(tmp_path, 1, 1) and not checkpoint.has_mtp(tmp_path, 5, 1)
-        assert checkpoint.has_mtp(tmp_path, 5, 0)  # none is wanted
+        assert checkpoint.has_mtp(files, 1, 1) and not checkpoint.has_mtp(files, 5, 1)
+        assert checkpoint.has_mtp(files, 5, 0)  # none is wanted
+
+
+def test_the_identity_of_a_checkpoint_is_that_of_weights_config_and_tokenizer(tmp_path):
+    checkpoint.save_weights(tmp_path, tensors_of(0), {"seed": 0}, tokenizer=load_tokenizer("plainseek:300"))
+    was = checkpoint.identity(tmp_path)
+    (tmp_path / "log.csv").write_text("a line more\n")
+    (tmp_path / "state.safetensors").write_bytes(b"a later step")
+    assert checkpoint.identity(tmp_path) == was
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        path = tmp_path / name
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
+        assert checkpoint.identity(tmp_path) != was, name
+        path.write_bytes(raw)
+    assert checkpoint.identity(tmp_path) == was
 
 
 def trained(steps: int = 2, seed: int = 0) -> tuple[nn.ModuleDict, torch.optim.AdamW]:

@@ -9,10 +9,11 @@ import pytest
 import regex
 import tiktoken
 
+from data.io.checkpoint import save_weights
 from data.io.cli import UserError
 from data.text.bpe import teller
 from data.text.files import row_text
-from data.text.tokenizer import (DEEPSEEK_PATTERN, PATTERN, SHOWN, SPECIALS, byte_letters, check_belongs,
+from data.text.tokenizer import (DEEPSEEK_PATTERN, PATTERN, SHOWN, SPECIALS, Tokenizer, byte_letters, check_belongs,
                                  load_tokenizer, main, train_bpe, with_specials)
 from tests.conftest import refused
 
@@ -186,9 +187,11 @@ def test_what_lies_beside_a_tokenizer_goes_on_with_it(tmp_path):
     load_tokenizer(one).save(two, context=64)
     assert {file.name: file.read_bytes() for file in one.iterdir()} == {
         file.name: file.read_bytes() for file in two.iterdir()}
-    load_tokenizer("plainseek:300").save(two)  # and not with another
-    assert sorted(file.name for file in two.iterdir()) == [
-        "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+    for save in (Tokenizer.save, lambda tokenizer, path: save_weights(path, {}, {}, tokenizer=tokenizer)):
+        load_tokenizer(one).save(two)
+        save(load_tokenizer("plainseek:300"), two)  # and not with another
+        assert {file.name for file in two.iterdir()} - {"config.json", "model.safetensors"} == {
+            "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     (one / "generation_config.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match="cannot be used"):
         load_tokenizer(one)

@@ -14,7 +14,7 @@ import uuid
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +35,8 @@ each token) and {total:,} parameters, trained with plainseek.
     from transformers import pipeline
     pipeline("text-generation", "THIS FOLDER")([{{"role": "user", "content": "4-6+3*7="}}])
 """
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+          "chat_template.jinja")  # files that go on with the tokenizer.json that they lie beside
 PRESETS = Path(__file__).parent.parent / "presets"
 
 # ------------------------------------------------------------------------------------- whole files
@@ -110,11 +112,31 @@ def read_json(path: str | Path) -> dict:
 # ------------------------------------------------------------------- tensors that know their checksum
 
 
-def checksum(name: str, tensor: Tensor) -> str:
-    """Of name, dtype, shape and every bit: 16 hexadecimal digits of a sha256."""
-    hasher = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+def fingerprint(*parts: bytes | memoryview) -> str:
+    """16 hexadecimal digits of a sha256 over all parts, one behind the other.
+
+    >>> fingerprint(b"ab", b"c") == fingerprint(b"abc")
+    True
+    """
+    hasher = hashlib.sha256()
+    for part in parts:
+        hasher.update(part)
     return hasher.hexdigest()[:16]
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file, a megabyte in memory at a time."""
+    hasher = hashlib.sha256()
+    with open(path, "rb") as file:  # hashlib.file_digest wants Python 3.11
+        while block := file.read(1 << 20):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def checksum(name: str, tensor: Tensor) -> str:
+    """The fingerprint of name, dtype, shape and every bit."""
+    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # (bytes,)
+    return fingerprint(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), bits.numpy())
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict, one_of: str = "") -> None:
@@ -122,10 +144,16 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict, one_of: s
 
     one_of: what all files of one set have in common.
     """
-    own = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}  # no shared memory
+    own, memory = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.untyped_storage().data_ptr() in memory:  # safetensors wants no two names for one memory
+            tensor = tensor.clone()
+        memory.add(tensor.untyped_storage().data_ptr())
+        own[name] = tensor
     sums = {name: checksum(name, tensor) for name, tensor in own.items()}
     text = json.dumps(notes)
-    sums["notes"] = hashlib.sha256((text + one_of).encode()).hexdigest()[:16]
+    sums["notes"] = fingerprint(text.encode(), one_of.encode())
     metadata = {"format": "pt", "notes": text, "set": one_of, "checksums": json.dumps(sums)}
     save_file(own, path, metadata=metadata)
     with open(path, "rb+") as file:  # safetensors writes metadata in any order: the same run, the same file
@@ -159,7 +187,7 @@ class TensorFile:
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read ({type(error).__name__} {error}): "
                             "the file is damaged or foreign") from None
-        if self.sums and told != hashlib.sha256((text + self.one_of).encode()).hexdigest()[:16]:
+        if self.sums and told != fingerprint(text.encode(), self.one_of.encode()):
             raise UserError(f"{path}: its notes are damaged (checksum)")
 
     def keys(self) -> list[str]:
@@ -354,9 +382,8 @@ def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict
                  shard_bytes: int = SHARD_BYTES, tokenizer=None) -> None:
     """Write config.json, model.safetensors or shards of `shard_bytes` with their index, and the tokenizer.
 
-    The weights note which tokenizer they were saved with.
-
-    All files are complete on disk before the first one takes its place. Raises UserError.
+    All files are complete on disk before the first one takes its place. The weights note which tokenizer
+    they were saved with. Raises UserError.
     """
     directory = Path(directory)
     shards, size = [{}], 0
@@ -374,22 +401,25 @@ def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict
         total = sum(tensor.nbytes for tensor in tensors.values())
         index = {"metadata": {"total_size": total, "set": one_of}, "weight_map": weight_map}
         contents["model.safetensors.index.json"] = index
-    texts = {name: json.dumps(value, indent=2) + "\n" for name, value in contents.items()}
+    texts = {name: (json.dumps(value, indent=2) + "\n").encode() for name, value in contents.items()}
     if "model_type" in config and not (directory / "README.md").exists():  # a card of the user's own stays
-        texts["README.md"] = MODEL_CARD.format(**config, total=sum(t.numel() for t in tensors.values()))
-    notes, context = {}, config.get("max_position_embeddings")
+        card = MODEL_CARD.format(**config, total=sum(tensor.numel() for tensor in tensors.values()))
+        texts["README.md"] = card.encode()
+    notes = {}
     if tokenizer is not None:
-        notes["tokenizer"] = hashlib.sha256(tokenizer.files(context)["tokenizer.json"]).hexdigest()[:16]
+        texts |= tokenizer.files(config.get("max_position_embeddings"))
+        notes["tokenizer"] = fingerprint(texts["tokenizer.json"])
     with ExitStack() as stack:
         for name, text in texts.items():
-            stack.enter_context(written_aside(directory / name)).write_text(text, encoding="utf-8")
+            stack.enter_context(written_aside(directory / name)).write_bytes(text)
         for name, shard in zip(files, shards):
             write_tensors(stack.enter_context(written_aside(directory / name)), shard, notes, one_of)
     for stale in directory.glob("model*.safetensors*"):  # of a save with another number of shards
         if stale.name not in (*files, *contents) and stale.is_file():
             stale.unlink()
-    if tokenizer is not None:
-        tokenizer.save(directory, context)
+    if tokenizer is not None:  # and of another tokenizer
+        for name in set(BESIDE) - set(texts):
+            (directory / name).unlink(missing_ok=True)
 
 
 def open_weights(directory: str | Path) -> dict[str, TensorFile]:
@@ -424,36 +454,41 @@ def note_of(directory: str | Path, key: str) -> str | None:
 
 def identity(directory: str | Path) -> str:
     """16 hexadecimal digits that change with the weights, the config or the tokenizer of a checkpoint."""
-    hasher = hashlib.sha256()
-    for path in sorted(Path(directory).glob("*")):
-        if path.suffix == ".safetensors" and path.name.startswith("model") or path.name in ("config.json",
-                                                                                            "tokenizer.json"):
-            hasher.update(path.name.encode() + path.read_bytes())
-    return hasher.hexdigest()[:16]
+    directory = Path(directory)
+    files = [*directory.glob("model*.safetensors"), directory / "config.json", directory / "tokenizer.json"]
+    return fingerprint(*(f"{path.name} {file_digest(path)}".encode() for path in sorted(files) if path.exists()))
 
 
-def has_mtp(directory: str | Path, num_hidden_layers: int, num_nextn_predict_layers: int) -> bool:
-    """Whether there are weights of MTP modules, where the config has any."""
+def has_mtp(names: Iterable[str], num_hidden_layers: int, num_nextn_predict_layers: int) -> bool:
+    """Whether there are weights of MTP modules among the names, where the config has any.
+
+    >>> has_mtp(["model.layers.61.enorm.weight"], 61, 1), has_mtp(["lm_head.weight"], 61, 1)
+    (True, False)
+    """
     prefixes = mtp_prefixes(num_hidden_layers, num_nextn_predict_layers)
-    return not prefixes or any(name.startswith(prefixes) for name in open_weights(directory))
+    return not prefixes or any(name.startswith(prefixes) for name in names)
 
 
-def config_of_weights(directory: str | Path, make: Callable):
-    """`load_config`, but without MTP modules where the weights have none: a line on stderr says so."""
+def open_checkpoint(directory: str | Path, make: Callable):
+    """What `load_config` gives, and `open_weights`.
+
+    Without MTP modules where the weights have none: a line on stderr says so. Raises UserError also
+    where config and weights do not belong together.
+    """
     config = load_config(directory, make)
-    _check_sizes(directory, vars(config))
-    if not has_mtp(directory, config.num_hidden_layers, config.num_nextn_predict_layers):
+    files = open_weights(directory)
+    _check_sizes(directory, files, vars(config))
+    if not has_mtp(files, config.num_hidden_layers, config.num_nextn_predict_layers):
         print(f"{directory}: no MTP weights, loading the main model only", file=sys.stderr)
         config = replace(config, num_nextn_predict_layers=0)
-    return config
+    return config, files
 
 
-def _check_sizes(directory: str | Path, config: dict) -> None:
+def _check_sizes(directory: str | Path, names: dict[str, TensorFile], config: dict) -> None:
     """What config.json says of layers, experts and vocabulary against the weights, before memory is touched.
 
     Raises UserError when they do not belong together.
     """
-    names = open_weights(directory)
     layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
     experts = {name.split(".experts.")[1].split(".")[0] for name in names if ".mlp.experts." in name}
     main, mtp = config["num_hidden_layers"], config["num_nextn_predict_layers"]
@@ -467,13 +502,12 @@ def _check_sizes(directory: str | Path, config: dict) -> None:
         raise UserError(f"{directory}: {name} has shape {names[name].shape(name)}, config.json wants {wanted}")
 
 
-def copy_weights(directory: str | Path, views: dict[str, Tensor]) -> None:
-    """Fill the views of `published_names` from a directory, one tensor in memory at a time.
+def copy_weights(directory: str | Path, files: dict[str, TensorFile], views: dict[str, Tensor]) -> None:
+    """Fill the views of `published_names` from `open_weights`, one tensor in memory at a time.
 
     A second name of one and the same view, as MTP's copies have it, is passed over wherever it is.
     Raises UserError naming missing or unexpected tensors, or the first of another shape.
     """
-    files = open_weights(directory)
     first = {id(view): name for name, view in reversed(views.items())}
     copies = {name for name, view in views.items() if first[id(view)] != name}
     wanted, found = views.keys() - copies, files.keys() - copies

@@ -26,7 +26,7 @@ STYLE = {
     "xtick.color": "#555555", "ytick.color": "#555555", "lines.linewidth": 2.2,
     "grid.color": "#e6e6e6", "grid.linewidth": 0.8, "legend.frameon": False, "legend.fontsize": 10,
 }
-OVER_CURVES = {"frameon": True, "facecolor": "white", "framealpha": 0.85, "edgecolor": "none"}
+QUARTERS = (0, 0.25, 0.5, 0.75, 1)
 HEAD_ROOM = 1.3  # height of a panel whose legend stands above its curves, in heights of the curves
 MOST_LAYERS = 6  # a picture shows at most so many, evenly chosen
 
@@ -187,8 +187,8 @@ def rl_figure(path: str | Path, rows: list[dict], styles: list[str]) -> None:
             x, y, error = zip(*held_out)
             rewards.errorbar(x, y, error, fmt="o", color=COLORS[0], markersize=4,
                              label="accuracy, held out")
-        rewards.set(title="accuracy, format, reward", ylim=(0, 1.13))
-        rewards.legend(loc="best", **OVER_CURVES)
+        rewards.set(title="accuracy, format, reward", ylim=(0, 1.1 * HEAD_ROOM), yticks=QUARTERS)
+        rewards.legend(loc="upper right", ncols=2)
 
         quartiles = column("length_q1"), column("length_q3")
         lengths.fill_between(steps, *quartiles, color="#a9c6e4", linewidth=0)
@@ -198,8 +198,8 @@ def rl_figure(path: str | Path, rows: list[dict], styles: list[str]) -> None:
         shares = {name: column("style_" + name) for name in styles}
         shares = {name: share for name, share in shares.items() if max(share) > 0}
         habits.stackplot(steps, list(shares.values()), labels=list(shares), colors=COLORS)
-        habits.set(title="how it answers", ylim=(0, 1))
-        habits.legend(loc="upper left", **OVER_CURVES)
+        habits.set(title="how it answers", ylim=(0, HEAD_ROOM), yticks=QUARTERS)
+        habits.legend(loc="upper right", ncols=2)
 
         entropy, kl = column("entropy"), column("kl")
         nats.plot(steps, entropy, color=COLORS[3], label="entropy per token")
@@ -210,8 +210,7 @@ def rl_figure(path: str | Path, rows: list[dict], styles: list[str]) -> None:
 
         lost.plot(steps, column("dead"), color=COLORS[7], label="dead groups")
         lost.plot(steps, column("truncated"), color=COLORS[4], label="cut off answers")
-        lost.set(title="groups that teach nothing, answers cut off", ylim=(0, HEAD_ROOM))
-        lost.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        lost.set(title="groups that teach nothing, answers cut off", ylim=(0, HEAD_ROOM), yticks=QUARTERS)
         lost.legend(loc="upper right")
 
         balance.plot(steps, column("max_vio"), color=COLORS[2])

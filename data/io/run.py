@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Collection, Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -147,7 +148,7 @@ class RunFolder:
         for parameter, its_state in optimizer.state.items():
             state |= {f"optimizer.{key}.{names[parameter]}": value for key, value in its_state.items()}
         log = self.log_path.read_bytes() if self.log_path.exists() else b""
-        state["log"] = torch.tensor(list(log), dtype=torch.uint8)
+        state["log"] = torch.tensor(np.frombuffer(log, np.uint8))  # (bytes,)
         if self.knobs is not None:
             write_json(self.knobs_path, self.knobs)
             self.knobs = None
@@ -243,7 +244,8 @@ class SavedRun:
 
         Raises UserError when a weight is not finite: the last good checkpoint stays.
         """
-        if not all(bool(p.detach().isfinite().all()) for p in self.model.parameters()):
+        is_finite = [parameter.detach().isfinite().all() for parameter in self.model.parameters()]
+        if not torch.stack(is_finite).all():
             raise UserError(f"step {self.step}: the weights are not finite, nothing was saved; lower --lr: "
                             "--resume goes on from the last checkpoint")
         if self.world.is_main:
@@ -304,8 +306,8 @@ class Loop:
 
     A signal ends it after the running step, and so does a reader of the output that is gone (`| head`) or
     torchrun that died; `agree` is asked before each step, and says True on every rank when the flag of
-    one is True. However the loop ends, the handlers of signals are back and the
-    bar is closed. A terminal has a bar, a file a plain line now and then; only the main process shows.
+    one is True. However the loop ends, the handlers of signals are back and the bar is closed. A terminal
+    has a bar, a file a plain line now and then; only the main process shows.
     """
 
     def __init__(self, folder: RunFolder, *, done: int, total: int, every: int, label: str = "train",
@@ -364,7 +366,8 @@ class Commands:
     """Commands that can be typed, run here one after the other.
 
     What is finished is noted in out/<name>.json: with `resume` it is passed over, and the command that
-    was cut off goes on. programs: "rl.py" -> a main(argv) that says False when a signal ended it early.
+    was cut off goes on. programs: "rl.py" -> a main(argv) that says False when a signal ended it early;
+    of: what the commands start from, which must be the same when they are resumed.
     """
 
     def __init__(self, config: RunConfig, programs: dict[str, Callable[[list[str]], bool]],
@@ -398,11 +401,9 @@ class Commands:
 
     def _more(self, flags: list[str]) -> list[str]:
         """--resume for a run that was cut off, --overwrite where it is asked for."""
-        names = [b if a == "--name" else a.removeprefix("--name=") for a, b in zip(flags, [*flags[1:], ""])
-                 if a == "--name" or a.startswith("--name=")]
-        if not names:
+        if "--name" not in flags:
             return []
-        folder = Path(self.config.out, names[-1])
+        folder = Path(self.config.out, flags[flags.index("--name") + 1])
         if self.config.resume:
             is_begun = (folder / "train.json").exists() or (folder / "rl.json").exists()
             return ["--resume"] if is_begun else []

@@ -38,6 +38,25 @@ def teller(log: Callable, every_s: float = 10) -> Callable[[str], None]:
     return tell
 
 
+def linked(words: dict[str, int]) -> tuple[list[bytes], list[int], list[int], list[int]]:
+    """The bytes of all words in one row of places, each word a linked list.
+
+    Of every place: its bytes, its word's count, and the places before and behind it, or -1.
+
+    >>> linked({"ab": 3})
+    ([b'a', b'b'], [3, 3], [-1, 0], [1, -1])
+    """
+    parts, weights, before, behind = [], [], [], []
+    for word, count in words.items():
+        first, raw = len(parts), word.encode("utf-8", "replace")
+        last = first + len(raw) - 1
+        parts += (SINGLE[byte] for byte in raw)
+        weights += [count] * len(raw)
+        before += [-1, *range(first, last)]
+        behind += [*range(first + 1, last + 1), -1]
+    return parts, weights, before, behind
+
+
 def train_bpe(texts: Iterable[str], size: int, pattern: str = PATTERN,
               tell: Callable[[str], None] = lambda text: None) -> dict[bytes, int]:
     """Byte-pair encoding: from 256 bytes on, join the most frequent pair until `size` ranks.
@@ -49,14 +68,7 @@ def train_bpe(texts: Iterable[str], size: int, pattern: str = PATTERN,
     >>> sorted(train_bpe(["low low lower"], 258), key=len)[-1]
     b'low'
     """
-    parts, weights, before, behind = [], [], [], []  # of every place: its bytes, its word's count,
-    for word, count in Counter(pieces(texts, pattern, tell)).items():  # and its neighbours, or -1
-        first, raw = len(parts), word.encode("utf-8", "replace")
-        last = first + len(raw) - 1
-        parts += (SINGLE[byte] for byte in raw)
-        weights += [count] * len(raw)
-        before += [-1, *range(first, last)]
-        behind += [*range(first + 1, last + 1), -1]
+    parts, weights, before, behind = linked(Counter(pieces(texts, pattern, tell)))
     pair_counts, places = Counter(), defaultdict(list)
 
     def add(left: int, right: int) -> tuple[bytes, bytes]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.io.checkpoint import written_aside
+from data.io.checkpoint import fingerprint, written_aside
 from data.io.cli import UserError
 from data.tasks.task import ASSISTANT, EOS, prompt_text
 
@@ -102,7 +102,7 @@ def split_batch(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 def digest(value: list) -> str:
     """16 hexadecimal digits that change with what is in the list."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+    return fingerprint(repr(value).encode())
 
 
 def rank_share(start: int, sequences: int, rank: int, world_size: int) -> range:

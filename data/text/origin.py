@@ -1,13 +1,13 @@
 """What token files depend on: the name of their folder changes with every byte of it."""
 
 import ast
-import hashlib
 import importlib.util
 import sys
 import sysconfig
 from pathlib import Path
 from typing import Iterator
 
+from data.io.checkpoint import file_digest
 from data.tasks import TASKS, load_task
 from data.text.files import folder_files, is_place
 from data.text.loader import digest
@@ -59,15 +59,6 @@ def task_digest(name: str) -> str:
     """16 hexadecimal digits that change with the files of a task (see `task_files`), ours included."""
     ours = sorted((HERE.parent / "tasks").glob("*.py"))
     return digest([file_digest(file) for file in [*ours, *task_files(name)]])
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, a megabyte in memory at a time."""
-    hasher = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
 
 
 def folder_name(source: str, tokenizer, seed: int) -> str:

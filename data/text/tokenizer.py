@@ -5,7 +5,6 @@
 """
 
 import base64
-import hashlib
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Iterable
 
 import tiktoken
 
-from data.io.checkpoint import note_of, written_aside
+from data.io.checkpoint import BESIDE, fingerprint, note_of, written_aside
 from data.io.cli import UserError, nearest, run_main
 from data.tasks.task import ASSISTANT, BOS, EOS, TAGS, USER
 from data.text.bpe import PATTERN, teller, train_bpe
@@ -22,8 +21,6 @@ from data.text.files import folder_documents
 SPECIALS = (BOS, EOS, "<｜▁pad▁｜>", USER, ASSISTANT, *TAGS,
             *(f"<｜reserved▁{i}｜>" for i in range(7)))
 SHOWN = {USER, ASSISTANT, *TAGS}  # of them what a reader sees: not special to Hugging Face
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-          "chat_template.jinja")  # files that go on with the tokenizer.json that they lay beside
 HIGHEST_ID = (1 << 24) - 1  # a higher one is damage, and would want an embedding of its size
 RANK_FILE = Path(__file__).with_name("plainseek.tiktoken")  # train_bpe's, on "local", code twice
 
@@ -171,7 +168,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
             beside = [path.with_name(name) for name in BESIDE] if path.name == "tokenizer.json" else []
             files = {"tokenizer.json": path.read_bytes()}
             noted = note_of(path.parent, "tokenizer") if beside else None
-            if noted not in (None, hashlib.sha256(files["tokenizer.json"]).hexdigest()[:16]):
+            if noted not in (None, fingerprint(files["tokenizer.json"])):
                 raise UserError(f"{path}: is not the tokenizer that the weights beside it were saved with")
             files |= {file.name: file.read_bytes() for file in beside if file.exists()}
             return _from_json(files, str(source))
