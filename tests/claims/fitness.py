@@ -5,7 +5,7 @@
 R1-Zero (R1 section 2.2) starts from a base that is right once in a while. Three shares of 200
 held-out questions: the result behind an "=" of a worked trace (greedy), work once begun (greedy), and
 whole answers (sampled). What came out for the default base: 100 % of single steps, 100 % of works once
-begun, 24 % of whole answers; a base whose steps fail learns to guess (base_quality.py).
+begun, 22 % of whole answers; a base whose steps fail learns to guess (base_quality.py).
 """
 
 import random
