@@ -28,8 +28,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recomputed
 
 from data.io import checkpoint
-from data.io.cli import Knobs, UserError, knob, nearest, run_main
-from data.io.portrait import check_memory, parameter_counts, portrait
+from data.io.cli import Knobs, UserError, knob, nearest, parse_flags, run_main
+from data.io.portrait import PortraitConfig, check_memory, parameter_counts, portrait, shared_out
 from kernels import IGNORE, Kernels, at_least_float32, choose
 
 
@@ -707,12 +707,16 @@ def flops_per_token(config: Config, T: int) -> float:
 
 def main(argv: list[str]) -> None:
     """Print the self-portrait of a preset or of a checkpoint directory."""
-    name = " ".join(argv) or "tiny"
+    knobs = parse_flags(PortraitConfig, argv, "What a model is made of, and what it costs.")
+    name = knobs.name
     config = checkpoint.load_config(name, Config) if Path(name).is_dir() else Config.preset(name)
     with torch.device("meta"):
         model = Transformer(config, init=False)
-    flops = flops_per_token(config, min(4096, config.max_position_embeddings))
-    print(portrait(name, asdict(config), model.state_dict(), flops))
+    if knobs.ranks:
+        print(shared_out(name, asdict(config), model.state_dict(), knobs.ranks, knobs.expert_parallel))
+    else:
+        flops = flops_per_token(config, min(4096, config.max_position_embeddings))
+        print(portrait(name, asdict(config), model.state_dict(), flops))
 
 
 if __name__ == "__main__":

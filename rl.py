@@ -36,6 +36,7 @@ import train
 from data.io import plot
 from data.io.checkpoint import identity
 from data.io.cli import UserError, knob, parse_flags, run_main, to_flags, widest_float
+from data.io.ranks import is_restarted
 from data.io.run import Commands, Loop, RunConfig, RunFolder, SavedRun, to_go_on
 from data.tasks import exam, load_task
 from data.tasks.task import prompt_text
@@ -342,7 +343,7 @@ class RLTrainer(SavedRun):
     The MTP modules and, by default, the routers stay; the balance loss is a matter of pretraining.
     """
 
-    NOTES = ("step", "seconds", "before", "answers", "steps_in_vain")  # saved besides tensors
+    NOTES = ("step", "seconds", "before", "answers", "steps_in_vain", "bad_steps")  # saved besides tensors
 
     def __init__(self, config: RLConfig, policy: Policy, folder: RunFolder, world: train.Dist):
         self.config, self.policy, self.folder, self.world = config, policy, folder, world
@@ -355,7 +356,8 @@ class RLTrainer(SavedRun):
         self.modules = nn.ModuleDict({"model": model})
         if config.kl_beta:
             self.modules["reference"] = copy.deepcopy(model).requires_grad_(False)
-        self.wrapped = world.wrap(model)
+        for module in self.modules.values():
+            train.shard(module, config, world)
         self.optimizer = train.make_optimizer(model, config.lr, config.weight_decay)
         self.styles = exam.known_styles(policy.tasks)
         self.step, self.seconds, self.steps_in_vain = 0, 0.0, 0  # done so far
@@ -372,6 +374,7 @@ class RLTrainer(SavedRun):
     def run(self) -> bool:
         """Train to the end; False when a signal ended it early. Either way all is saved."""
         config, on_main = self.config, self.world.on_main
+        self.policy.model = self.whole()  # on every rank: gathered once a step, not once a token
         if self.step == 0:
             self.before = on_main(self.policy.evaluate, config.eval_samples)
             on_main(self.answer_samples)
@@ -403,11 +406,15 @@ class RLTrainer(SavedRun):
         start = time.monotonic()
         rollout, values = self.rollout()
         values |= self.learn(rollout)
+        self.policy.model = self.whole()
         if "reference" in self.modules and (self.step + 1) % self.config.reference_every == 0:
             self.modules["reference"].load_state_dict(self.model.state_dict())
         self.step += 1
         self.seconds += time.monotonic() - start
         return values | {"step": self.step, "seconds": self.seconds}
+
+    def whole(self, main_only: bool = False) -> Transformer | None:
+        return train.whole(self.model, self.world, main_only)
 
     def rollout(self) -> tuple[Rollout, dict[str, float]]:
         """Answers to this rank's questions; dead groups are replaced, `resample` times (DAPO)."""
@@ -462,7 +469,8 @@ class RLTrainer(SavedRun):
                 first_gap = gap
                 self.check_ratio(gap)
             lr = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
-            grad_norm = train.optimizer_step(self.model, self.optimizer, lr, config.clip)
+            grad_norm = float(train.optimizer_step(self.model, self.optimizer, lr, config.clip, self.world))
+            self.check_bad_steps(not math.isfinite(grad_norm))
             train.update_biases(self.model, load, config.bias_update_speed)
             self.loads.append(load.cpu())
         return values | {"ratio_gap": first_gap, "lr": lr, "grad_norm": grad_norm,
@@ -478,13 +486,13 @@ class RLTrainer(SavedRun):
         config, sums, gap = self.config, Counter(), 0.0
         for i, (rows, micro) in enumerate(micros):
             mask = micro.mask[:, 1:]  # (n, T-1)
-            with self.world.accumulating(self.wrapped, is_last=i == len(micros) - 1):
-                logps = score(self.wrapped, micro, config.temperature, config.keep_routing)  # (n, T-1)
-                here = logps.detach()
-                before, anchor = (here if each is None else each for each in (old[i], ref[i]))
-                losses = policy_loss(logps, before, anchor, advantages[rows], mask,
-                                     weights[rows, : mask.shape[1]], config)
-                losses["total"].backward()
+            self.world.accumulate(self.model, is_last=i == len(micros) - 1)
+            logps = score(self.model, micro, config.temperature, config.keep_routing)  # (n, T-1)
+            here = logps.detach()
+            before, anchor = (here if each is None else each for each in (old[i], ref[i]))
+            losses = policy_loss(logps, before, anchor, advantages[rows], mask,
+                                 weights[rows, : mask.shape[1]], config)
+            (losses["total"] / self.world.world_size).backward()  # ranks add up
             for name, value in losses.items():
                 sums[name] += float(value.detach())
             gap = max(gap, float((here - micro.logps[:, 1:])[mask].abs().max()))
@@ -526,7 +534,7 @@ def build_trainer(config: RLConfig, world: train.Dist) -> RLTrainer:
         raise UserError(f"questions: got {config.questions}, wanted a multiple of the {world.world_size} ranks")
     if Path(config.base).resolve() == config.folder.resolve():
         raise UserError(f"name: got {config.name!r}, wanted another one than that of --base")
-    folder = RunFolder(config.folder, world.is_main, "rl.json")
+    folder = RunFolder(config.folder, world, "rl.json")
     policy = Policy(config, world, folder.path)
     examples = [policy.questions(split, "example", [0]) for split in ("train", "test")]
     knobs = asdict(config) | {"base_and_tasks": origin_of(config)}
@@ -536,7 +544,7 @@ def build_trainer(config: RLConfig, world: train.Dist) -> RLTrainer:
         trainer.restore(tensors, notes)
         world.say(f"resumed at step {trainer.step} of {config.steps}")
     else:
-        folder.start(knobs, config.overwrite or config.resume)
+        folder.start(knobs, config.overwrite or config.resume or is_restarted())
     world.barrier()
     moving = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     changed = to_flags(config, {name for knobs in VARIANTS.values() for name in knobs})

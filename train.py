@@ -14,26 +14,21 @@ A run lives in out/<name>/: the checkpoint (a Hugging Face directory), train.jso
 pictures, and state.safetensors, from which --resume goes on.
 """
 
-import gc
 import math
-import os
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from data.io import plot
-from data.io.cli import UserError, knob, parse_flags, pick_device, run_main, set_fields, widest_float
+from data.io.cli import UserError, knob, parse_flags, run_main, set_fields, widest_float
 from data.io.portrait import check_memory
+from data.io.ranks import Dist, is_restarted, local, setup_distributed, traffic
 from data.io.run import Loop, RunConfig, RunFolder, SavedRun, minutes, peak_memory, to_go_on
 from data.tasks.task import BOS
 from data.text.corpus import prepare
@@ -62,38 +57,44 @@ def lr_factor(done: float, config) -> float:
     return config.cosine_to + (1 - config.cosine_to) * 0.5 * (1 + math.cos(math.pi * fall))
 
 
-def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: "Dist", *,
+def train_step(model, optimizer, tokens: Tensor, targets: Tensor, world: Dist, *,
                micro_batch: int, lr: float, mtp_loss_weight: float, aux_loss_alpha: float,
                bias_update_speed: float, clip: float = 1.0) -> dict:
-    """One optimizer step on this rank's share (n, T) of the global batch.
+    """One optimizer step on this rank's share (n, T) of the global batch, on the CPU or the device.
 
     `total = ce + mtp_loss_weight * mtp + aux_loss_alpha * balance`, each a mean over the real
     targets (or the sequences) of the WHOLE batch, so that micro-batches and ranks change nothing
-    but rounding. Returns the losses, `grad_norm` before clipping, and `load` (MoE layers, E), the
-    routed tokens. Raises UserError when the gradient is not finite; the weights stay as they were.
+    but rounding. Returns the losses, `grad_norm` before clipping, `is_bad` (the norm is not finite
+    and the step left out: weights, moments and biases are as before), and `load` (MoE layers, E),
+    the routed tokens. The device is asked for a number once, at the end.
     """
-    raw = model.module if isinstance(model, DistributedDataParallel) else model
-    counts = world.all_reduce_sum(count_targets(targets, raw.config)).clamp(min=1)  # (3,)
-    weights = counts.new_tensor([1.0, mtp_loss_weight, aux_loss_alpha])
-    scale = (weights / counts * world.world_size).float()  # (3,); DDP averages, we want the sum
-    sums = torch.zeros_like(counts)
-    load = torch.zeros(len(raw.moe_layers()), raw.config.n_routed_experts, device=tokens.device)
+    counts = count_targets(targets, model.config).to(world.device, widest_float(world.device))
+    counts = world.all_reduce_sum(counts).clamp(min=1)  # (3,)
+    tokens, targets = (x.to(world.device, non_blocking=True) for x in (tokens, targets))
+    factors = (1.0, mtp_loss_weight, aux_loss_alpha)
+    layers, E = len(model.moe_layers()), model.config.n_routed_experts
+    sums, load = torch.zeros_like(counts), counts.new_zeros(layers, E)
     micros = list(zip(tokens.split(micro_batch), targets.split(micro_batch)))
     for i, (x, y) in enumerate(micros):
-        with world.accumulating(model, is_last=i == len(micros) - 1):
-            losses = model(x, y, reduction="sum")
-            zero = losses["ce"].new_zeros(())
-            parts = torch.stack([losses.get(name, zero) for name in ("ce", "mtp", "balance")])  # (3,)
-            (parts * scale).sum().backward()
-        sums += parts.detach()
+        world.accumulate(model, is_last=i == len(micros) - 1)
+        losses = model(x, y, reduction="sum")
+        parts = [losses.get(name, losses["ce"] * 0) for name in ("ce", "mtp", "balance")]
+        total = sum(part * (factor / n) for part, factor, n in zip(parts, factors, counts))
+        total.float().backward()
+        sums += torch.stack(parts).detach()
         if "load" in losses:  # a model of dense layers has none
             load[: len(losses["load"])] += losses["load"]
-    grad_norm = optimizer_step(raw, optimizer, lr, clip)
-    means = world.all_reduce_sum(sums) / counts
-    load = world.all_reduce_sum(load)
-    update_biases(raw, load, bias_update_speed)
-    losses = dict(zip(("ce", "mtp", "balance", "total"), [*means.tolist(), float(means @ weights)]))
-    return losses | {"grad_norm": grad_norm, "load": load.cpu()}
+    grad_norm = optimizer_step(model, optimizer, lr, clip, world)
+    is_good = grad_norm.isfinite()
+    whole = world.all_reduce_sum(torch.cat((sums, load.flatten())))  # (3 + layers * E,)
+    sums, load = whole[:3], whole[3:].view(layers, E).float()
+    update_biases(model, load, bias_update_speed * is_good)
+    seen = torch.cat((sums / counts, torch.stack((grad_norm, is_good)), load.flatten())).cpu()
+    means, (norm, is_good) = seen[:3].tolist(), seen[3:5].tolist()
+    losses = dict(zip(("ce", "mtp", "balance"), means))
+    losses["total"] = sum(mean * factor for mean, factor in zip(means, factors))
+    load = seen[5:].view(layers, E).float()
+    return losses | {"grad_norm": norm, "is_bad": not is_good, "load": load}
 
 
 def count_targets(targets: Tensor, config: Config) -> Tensor:
@@ -104,25 +105,26 @@ def count_targets(targets: Tensor, config: Config) -> Tensor:
     is_real = (targets != IGNORE).to(widest_float(targets.device))  # (n, T)
     modules = config.num_nextn_predict_layers
     ahead = sum((is_real[:, k:].sum() for k in range(1, modules + 1)), start=is_real.new_zeros(()))
-    return torch.stack((is_real.sum(), ahead / max(1, modules), is_real.new_tensor(len(targets))))
+    return torch.stack((is_real.sum(), ahead / max(1, modules), is_real.new_full((), len(targets))))
 
 
-def optimizer_step(model: Transformer, optimizer, lr: float, clip: float) -> float:
+def optimizer_step(model: Transformer, optimizer, lr: float, clip: float, world: Dist) -> Tensor:
     """Clip the gradient and move the weights; returns the gradient's norm before the cut.
 
-    Raises UserError when it is not finite; the weights are then as they were.
+    When it is not finite, the optimizer leaves the step out without a word to the host.
     """
-    grad_norm = float(nn.utils.clip_grad_norm_(model.parameters(), clip))
-    if not math.isfinite(grad_norm):
-        raise UserError("the gradient is not finite: lower --lr; --resume goes on from a save")
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    norm = world.gradient_norm(gradients)
+    torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
     for group in optimizer.param_groups:
         group["lr"] = lr
+    optimizer.found_inf = 1.0 - norm.isfinite().float()  # as torch.amp.GradScaler tells it
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return grad_norm
+    return norm
 
 
-def update_biases(model: Transformer, load: Tensor, speed: float) -> None:
+def update_biases(model: Transformer, load: Tensor, speed: float | Tensor) -> None:
     """Move the routing bias of every MoE layer by its row of load (MoE layers, E), once a step."""
     for (_, moe), counts in zip(model.moe_layers(), load):
         moe.gate.update_bias(counts, speed)
@@ -146,26 +148,55 @@ def make_optimizer(model, lr: float, weight_decay: float = 0.1, betas=(0.9, 0.95
 
 
 @torch.no_grad()
-def evaluate(model: Transformer, batches: list, world: "Dist") -> tuple[dict, Tensor]:
+def evaluate(model: Transformer, batches: list, world: Dist) -> tuple[dict, Tensor]:
     """Losses ce and mtp over batches (tokens, targets) that all ranks know, each computing a share.
 
-    Also the routed tokens of the main model, (MoE layers, E): which experts this text uses.
+    Also the routed tokens of the main model, (MoE layers, E): which experts this text uses. All
+    ranks run equally often, since they gather weights together: the last ones perhaps for nothing.
     """
     config = model.config
     layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
     used = torch.zeros(layers, config.n_routed_experts, device=world.device)
     wide = widest_float(world.device)
     sums = torch.zeros(4, dtype=wide, device=world.device)  # ce, mtp, numbers of targets
-    for tokens, targets in islice(batches, world.rank, None, world.world_size):
+    for start in range(0, len(batches), world.world_size):
+        tokens, targets = batches[min(start + world.rank, len(batches) - 1)]
+        if start + world.rank >= len(batches):
+            targets = torch.full_like(targets, IGNORE)
+        counts = count_targets(targets, config).to(world.device, wide)
         tokens, targets = tokens.to(world.device), targets.to(world.device)
         with evaluating(model):
             losses = model(tokens, targets, reduction="sum")
-        counts = count_targets(targets, config)
         mtp = losses.get("mtp", losses["ce"] * 0)
         sums += torch.stack([losses["ce"], mtp, counts[0], counts[1]])
         used += losses["load"][:layers] if layers else 0
     ce, mtp, targets, mtp_targets = world.all_reduce_sum(sums).tolist()
     return {"ce": ce / max(targets, 1), "mtp": mtp / max(mtp_targets, 1)}, world.all_reduce_sum(used).cpu()
+
+
+def shard(model: Transformer, config: RunConfig, world: Dist) -> Transformer:
+    """Split the model over the ranks, block by block (data/io/ranks.py); alone, nothing happens."""
+    experts = [moe.experts for _, moe in model.moe_layers()]
+    return world.shard(model, model.model.layers, experts, expert_parallel=config.expert_parallel,
+                       reshard=config.reshard)
+
+
+def whole(model: Transformer, world: Dist, main_only: bool = False) -> Transformer | None:
+    """A model with all the weights, of this process alone: to save, to sample from.
+
+    The model itself where nothing is split. Every rank calls this. With `main_only` the first rank gets it, on its CPU, and the others None.
+    """
+    if world.world_size == 1:
+        return model
+    state = world.gathered(model, main_only)
+    if main_only and not world.is_main:
+        return None
+    with torch.device("meta"):
+        twin = Transformer(model.config, init=False)
+    twin.load_state_dict(state, assign=True)
+    twin.compute_dtype, twin.isolate = model.compute_dtype, model.isolate
+    twin.use_kernels(*model.chosen)
+    return twin.requires_grad_(False)
 
 
 # -------------------------------------------------------------------------------------- the knobs
@@ -272,97 +303,6 @@ class Plan:
                             f"constant, from {low:g} to {high:g} of the run, and step {step} is not there")
 
 
-# --------------------------------------------------------------------------------- many processes
-
-
-@dataclass
-class Dist:
-    """This process among its equals. Alone, every method is a no-op: the loop has one code path."""
-
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = torch.device("cpu")
-    patient: object = None  # the group that waits for hours
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        """The rows of all ranks, one below the other, on the CPU; each rank has as many."""
-        if self.world_size == 1:
-            return tensor.cpu()
-        parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor.to(self.device).contiguous())
-        return torch.cat(parts).cpu()
-
-    def any(self, flag: bool) -> bool:
-        """True on all ranks when it is on one."""
-        return bool(self.all_reduce_sum(torch.tensor(float(flag), device=self.device)) > 0)
-
-    def barrier(self) -> None:
-        if self.world_size > 1:
-            dist.barrier(self.patient)
-
-    def on_main(self, function, *args):
-        """What it returns on the first rank, which alone calls it; None on the rest, which wait."""
-        result = function(*args) if self.is_main else None
-        self.barrier()
-        return result
-
-    def say(self, *words) -> None:
-        """Print on the first rank."""
-        if self.is_main:
-            print(*words, flush=True)
-
-    def wrap(self, model: Transformer):
-        """The module to call in training, so that gradients are averaged over ranks.
-
-        Buffers are not broadcast: every rank moves the routing bias by the same rule and load.
-        """
-        if self.world_size == 1:
-            return model
-        with warnings.catch_warnings():  # of torch 2.13, which has another name for it
-            warnings.simplefilter("ignore", FutureWarning)
-            return DistributedDataParallel(model, broadcast_buffers=False)
-
-    def accumulating(self, wrapped, is_last: bool):
-        """A block in which gradients are added up; ranks exchange them in the last one only."""
-        return nullcontext() if is_last or self.world_size == 1 else wrapped.no_sync()
-
-    def __enter__(self) -> "Dist":
-        return self
-
-    def __exit__(self, kind, error, trace) -> None:
-        """Leave the others. Raises UserError when one of them has died or answers no more."""
-        if self.world_size > 1:
-            gc.collect()  # DDP's wrapper, in a reference cycle, must be gone before its group
-            dist.destroy_process_group()
-            is_theirs = any(word in str(error) for word in ("gloo", "NCCL"))
-            if is_theirs and isinstance(error, RuntimeError):
-                raise UserError("another rank died or answers no more; --resume goes on from the last save") from None
-
-
-def setup_distributed(device: str = "auto") -> Dist:
-    """Join the processes that torchrun started (gloo on CPU, nccl on CUDA); alone without it."""
-    chosen = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Dist(device=chosen)
-    if chosen.type == "cuda":
-        chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(chosen)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    patient = dist.new_group(timeout=timedelta(hours=8))  # the first rank prepares, examines
-    return Dist(dist.get_rank(), dist.get_world_size(), chosen, patient)
-
-
 # --------------------------------------------------------------------------------------- the loop
 
 
@@ -373,14 +313,15 @@ class Trainer(SavedRun):
     `load_state_dict`. `evals` maps a column such as "val_code" to batches that all ranks know.
     """
 
-    NOTES = ("step", "seconds", "latest")
+    NOTES = ("step", "seconds", "latest", "bad_steps")
 
     def __init__(self, config: TrainConfig, model: Transformer, tokenizer, loader,
                  folder: RunFolder, world: Dist, evals: dict[str, list] | None = None):
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.loader, self.folder, self.world, self.evals = loader, folder, world, evals or {}
         self.plan = Plan(config, world.world_size)
-        self.wrapped = world.wrap(model)
+        shard(model, config, world)
+        self.experts = [moe.experts for _, moe in model.moe_layers()]
         self.modules = nn.ModuleDict({"model": model})
         self.optimizer = make_optimizer(model, config.lr, config.weight_decay, (config.beta1, config.beta2))
         self.step, self.seconds = 0, 0.0  # done so far
@@ -390,7 +331,9 @@ class Trainer(SavedRun):
         self.latest: dict[str, float] = {}  # losses of the latest evaluation
         self.columns = [
             "step", "tokens", "ce", "mtp", "balance", "total", "grad_norm", "lr", "mtp_loss_weight",
-            "bias_update_speed", "max_vio", "tokens_per_s", "seconds", *self.evals, "val_mtp"]
+            "bias_update_speed", "max_vio", "bad_steps", "tokens_per_s", "seconds", *self.evals, "val_mtp"]
+        if config.expert_parallel > 1:
+            self.columns += ["ranks_per_token", "mb_sent"]
 
     def run(self) -> bool:
         """Train to the end; False when a signal ended it early. Either way all is saved."""
@@ -405,8 +348,8 @@ class Trainer(SavedRun):
             self.folder.log(values, self.columns)
             loop.show(f"loss {values['ce']:.3f}  {values['tokens_per_s'] / 1e3:.1f}k tokens/s")
             for share in self.config.snapshots:
-                if self.world.is_main and step == round(share * self.plan.steps):
-                    self.model.save_pretrained(self.folder.path / f"at-{100 * share:03.0f}", self.tokenizer)
+                if step == round(share * self.plan.steps):
+                    self.publish(self.folder.path / f"at-{100 * share:03.0f}")
             if loop.is_due:
                 loop.note(f"step {step}: {self.losses()}, max_vio {values['max_vio']:.2f}")
                 self.save()
@@ -419,19 +362,32 @@ class Trainer(SavedRun):
         """One optimizer step; returns its columns of the log."""
         start, config, knobs = time.monotonic(), self.config, self.plan.knobs(self.step)
         sequences = self.plan.sequences[self.step]
-        tokens, targets = (t.to(self.world.device) for t in self.loader.next_batch(sequences))  # (n, T)
+        tokens, targets = self.loader.next_batch(sequences)  # (n, T), this rank's share
         values = train_step(
-            self.wrapped, self.optimizer, tokens, targets, self.world, clip=config.clip,
+            self.model, self.optimizer, tokens, targets, self.world, clip=config.clip,
             micro_batch=config.micro_batch, aux_loss_alpha=config.aux_loss_alpha, **knobs)
         load = values.pop("load")
+        self.check_bad_steps(values.pop("is_bad"))
         if self.step % self.stride == 0 and len(load):
             self.loads.append(load)
         seconds = time.monotonic() - start
         values |= knobs | {"tokens": self.plan.tokens[self.step], "max_vio": max_violation(load),
-                           "tokens_per_s": sequences * config.seq_len / seconds}
+                           "bad_steps": self.bad_steps, "tokens_per_s": sequences * config.seq_len / seconds}
+        values |= self.traffic()
         self.seconds += seconds
         self.step += 1
         return values | {"step": self.step, "seconds": self.seconds}
+
+    def traffic(self) -> dict[str, float]:
+        """Of expert parallel: ranks that a token visited in a layer, and MB sent between ranks."""
+        sent = traffic(self.experts)
+        if sent is None:
+            return {}
+        tokens, visits, sent = self.world.all_reduce_sum(sent.to(self.world.device)).tolist()
+        return {"ranks_per_token": visits / max(tokens, 1), "mb_sent": sent / 1e6}
+
+    def whole(self, main_only: bool = False) -> Transformer | None:
+        return whole(self.model, self.world, main_only)
 
     def evaluate(self) -> dict[str, float]:
         """Loss of every domain, and of MTP over the validation domains."""
@@ -491,6 +447,7 @@ def build_model(config: TrainConfig, tokenizer, world: Dist) -> Transformer:
                              ("seq_len", config.seq_len, "max_position_embeddings")):
         if got > getattr(model.config, limit):
             raise UserError(f"{name}: got {got}, the model's {limit} is {getattr(model.config, limit)}")
+    world.check_experts(config.expert_parallel, model.config.n_routed_experts)
     model.recompute, model.isolate = config.recompute, config.isolate
     return model.to(world.device)
 
@@ -500,7 +457,7 @@ def build_data(config: TrainConfig, tokenizer, world: Dist):
     mine = {"rank": world.rank, "world_size": world.world_size, "seed": config.seed}
     source = config.mix if config.data.startswith("examples:") else config.data
     find = partial(prepare, source, tokenizer, Path(config.out) / "cache", seed=config.seed, log=world.say)
-    corpus = (world.on_main(find) or find()) if source else None  # the first rank writes the files
+    corpus = world.once_per_node(find) if source else None  # the first rank of a machine writes the files
     T = config.seq_len
     if source != config.data:
         plain = {domain: file for domain, file in corpus.train.items() if domain != "reasoning"} if corpus else {}
@@ -519,7 +476,7 @@ def build_data(config: TrainConfig, tokenizer, world: Dist):
 
 def build_trainer(config: TrainConfig, world: Dist) -> Trainer:
     """Everything of a run, new or resumed; prints what it is going to do."""
-    folder, knobs = RunFolder(config.folder, world.is_main), asdict(config)
+    folder, knobs = RunFolder(config.folder, world), asdict(config)
     tensors, notes = folder.begin(knobs, config)
     plan = Plan(config, world.world_size)
     tokenizer = load_tokenizer(config.init_from or config.tokenizer)
@@ -532,16 +489,20 @@ def build_trainer(config: TrainConfig, world: Dist) -> Trainer:
         trainer.restore(tensors, notes)
         world.say(f"resumed at step {trainer.step} of {plan.steps}")
     else:
-        folder.start(knobs, config.overwrite or config.resume)
+        folder.start(knobs, config.overwrite or config.resume or is_restarted())
     counts, flops = count_parameters(model.config), flops_per_token(model.config, config.seq_len)
     world.say(f"model       {config.init_from or config.preset}: {counts['total']:,} parameters ({counts['mtp']:,} "
               f"of them MTP), {counts['active']:,} active per token, {flops / 1e6:.2f} MFLOP per token\n"
               f"run         {plan.steps} steps, {plan.tokens[-1]:,} tokens, {config.tokens_per_step:,} per "
               f"step, on {world.world_size} x {world.device.type}, into {folder.path}\n{how}")
+    if world.world_size > 1:
+        mine = sum(local(parameter).numel() for parameter in model.parameters())
+        world.say(f"rank 0      holds {mine:,} parameters, {16 * mine / 1e6:,.1f} MB with gradients "
+                  "and moments")
     return trainer
 
 
-def final_report(trainer: Trainer) -> None:
+def final_report(trainer: Trainer, model: Transformer) -> None:
     """What was reached and what it took; and, behind a bar, how the model goes on with a text."""
     rate = trainer.plan.tokens[-1] / trainer.seconds
     flops = flops_per_token(trainer.model.config, trainer.config.seq_len) * rate
@@ -552,9 +513,9 @@ def final_report(trainer: Trainer) -> None:
           f"checkpoint  {trainer.folder.path}")
     tokenizer = trainer.tokenizer
     for name in [name for name in trainer.evals if name.startswith("val_")]:
-        room = trainer.model.config.max_position_embeddings // 2
+        room = model.config.max_position_embeddings // 2
         prompt = opening(trainer.evals[name][0][0].flatten().tolist(), tokenizer)[:room]
-        made = generate(trainer.model, [prompt], max_new_tokens=64, temperature=0.7,
+        made = generate(model, [prompt], max_new_tokens=64, temperature=0.7,
                         stop_ids=[tokenizer.eos_id], seed=trainer.config.seed)
         text, more = (tokenizer.decode(ids) for ids in (prompt, made.completion(0)))
         print(f"\n--- {name[4:]} {'-' * (64 - len(name))}\n{text.removeprefix(BOS)} │ {more}")
@@ -567,7 +528,7 @@ def main(argv: list[str], world: Dist | None = None) -> bool:
         trainer = build_trainer(config, mine)
         is_complete = trainer.run()
         if is_complete:
-            mine.on_main(final_report, trainer)
+            mine.on_main(final_report, trainer, trainer.whole(main_only=True))
         else:
             mine.say(f"stopped at step {trainer.step} and saved; {to_go_on('train.py', argv)}")
         return is_complete

@@ -40,19 +40,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def one_rank(rank: int, port: int, work, argv: tuple):
-    from train import setup_distributed
+def one_rank(rank: int, ranks: int, port: int, work, argv: tuple):
+    from data.io.ranks import setup_distributed
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     with setup_distributed("cpu") as world:
         work(world, *argv)
 
 
-def two_ranks(work, *argv) -> None:
-    """work(world, *argv) in two processes that talk to each other."""
-    torch.multiprocessing.spawn(one_rank, args=(free_port(), work, argv), nprocs=2)
+def on_ranks(ranks: int, work, *argv) -> None:
+    """work(world, *argv) in so many processes that talk to each other."""
+    torch.multiprocessing.spawn(one_rank, args=(ranks, free_port(), work, argv), nprocs=ranks)
 
 
 @pytest.fixture

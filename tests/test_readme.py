@@ -100,10 +100,10 @@ def test_a_file_imports_only_from_its_left(path):
 
 SIZES = {  # most lines, most top-level definitions
     "kernels.py": (520, 32),
-    "model.py": (720, 22),
+    "model.py": (725, 22),
     "sample.py": (340, 22),
-    "train.py": (580, 22),
-    "rl.py": (635, 22),
+    "train.py": (560, 22),
+    "rl.py": (645, 22),
 }
 WIDE, WIDEST, SHARE_OF_WIDE = 100, 120, 0.05  # characters of a line; how many lines may be wide
 

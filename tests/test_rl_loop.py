@@ -16,7 +16,7 @@ from kernels import IGNORE
 from model import Transformer
 from rl import RLConfig, advantages_and_weights, build_trainer, group_advantages, is_dead, micro_batches, score
 from sample import Generation
-from tests.conftest import refused, two_ranks
+from tests.conftest import on_ranks, refused
 from train import Dist
 
 SHORT = dict(task="tests.toy:Letters", steps=3, questions=4, group_size=4, max_new_tokens=8,
@@ -50,7 +50,7 @@ def test_two_ranks_are_one(base, trainer, tmp_path):
     one = trainer(name="one", **changes)
     one.run()
     out = tmp_path / "out"
-    two_ranks(run_of_two, str(base), str(out), changes | {"name": "two"})
+    on_ranks(2, run_of_two, str(base), str(out), changes | {"name": "two"})
     logs = [rows(out / name) for name in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 3
     for alone, shared in zip(*logs):

@@ -19,7 +19,9 @@ import sample
 import train
 from data.io import checkpoint, cli
 from data.io.cli import UserError
+from data.io.ranks import Dist
 from data.io.run import RunFolder
+from data.io.state import saved_states
 from model import Config, Transformer
 from sample import generate
 from tests.conftest import ROOT, start
@@ -68,8 +70,10 @@ def same(a: dict, b: dict) -> bool:
 
 
 def test_a_damaged_state_is_never_taken(run, rough):
-    found = outcomes(run / "state.safetensors", lambda: RunFolder(run, is_main=False).resume({})[0], 12 * rough)
-    assert found["silent"] == 0 and found["told"] > 40 * rough, found
+    state = saved_states(run)[-1]
+    for name, count in (("shard-00001-of-00001.safetensors", 12), ("notes.json", 4)):
+        found = outcomes(state / name, lambda: dict(RunFolder(run, Dist(rank=1)).resume({})[0]), count * rough)
+        assert found["silent"] == 0 and found["told"] > 3 * count * rough, found
 
 
 def test_damaged_weights_are_never_taken(run, rough):
@@ -150,7 +154,7 @@ def killed_at(path: Path, point: int) -> bool:
 def test_a_kill_in_any_phase_of_a_save_leaves_a_run_that_goes_on(tmp_path, rough):
     """At every call that touches the disk: --resume goes on or starts over, and ends as the run that was not killed."""
     assert not killed_at(tmp_path / "whole", 10**9)
-    wanted = RunFolder(tmp_path / "whole", is_main=False).resume({})[0]
+    wanted = dict(RunFolder(tmp_path / "whole", Dist(rank=1)).resume({})[0])
     points = range(0, 10**6, max(1, 4 // rough))
     for point in points:
         path = tmp_path / str(point)
@@ -169,7 +173,7 @@ def test_a_kill_in_any_phase_of_a_save_leaves_a_run_that_goes_on(tmp_path, rough
             again = trainer_in(path, steps=4, eval_every=2)
             again.folder.start({}, overwrite=True)
         assert again.run()
-        found = RunFolder(path, is_main=False).resume({})[0]
+        found = RunFolder(path, Dist(rank=1)).resume({})[0]
         assert all(torch.equal(found[name], wanted[name]) for name in wanted if name.startswith(("model", "optim")))
         assert [row["step"] for row in again.folder.rows()] == [str(step) for step in range(5)]
         assert not list(path.glob("*.part")), "what the dead process had begun is gone"
@@ -233,7 +237,7 @@ def test_a_reader_that_has_seen_enough_ends_the_run_and_it_is_saved(workplace):
         pass
     run.stdout.close()
     assert run.wait(60) == 141 or run.returncode == 0
-    assert (workplace / "out" / "head" / "state.safetensors").exists()
+    assert saved_states(workplace / "out" / "head")
 
 
 @pytest.mark.parametrize("flags,told", [

@@ -16,8 +16,11 @@ from torch import nn
 from data.io import checkpoint
 from data.io.checkpoint import write_json, written_aside
 from data.io.cli import UserError
-from data.io.run import Loop, RunFolder, StopSignal, load_state, minutes, peak_memory
+from data.io.ranks import Dist
+from data.io.run import Loop, RunFolder, StopSignal, minutes, peak_memory
+from data.io.state import SavedState, load_state, save_state, saved_states
 from data.text.tokenizer import load_tokenizer
+from tests.conftest import refused
 
 ROOT = Path(__file__).parent.parent
 
@@ -222,10 +225,10 @@ def test_state_comes_back_bit_for_bit(tmp_path):
     assert found == notes | {"knobs": {"lr": 0.1}} and torch.equal(tensors["rng"], torch.get_rng_state())
     moments = {f"optimizer.{key}.model.{name}" for key in ("step", "exp_avg", "exp_avg_sq")
                for name in ("weight", "bias")}
-    assert set(tensors) == {*modules.state_dict(), "rng", *moments}
+    assert set(tensors) == {*modules.state_dict(), "rng", "log", *moments}
     assert json.loads((tmp_path / "rl.json").read_text()) == {"lr": 0.1}
     others, its_optimizer = trained(steps=0, seed=9)
-    load_state(others, its_optimizer, tensors)
+    load_state(others, its_optimizer, tensors, Dist())
     for each in (modules, others):  # the next step is the same, moments and step counts included
         each["model"](torch.ones(1, 3)).square().sum().backward()
     optimizer.step()
@@ -234,10 +237,14 @@ def test_state_comes_back_bit_for_bit(tmp_path):
         assert torch.equal(others.state_dict()[name], tensor), name
 
 
-def test_state_of_another_model_is_refused():
+def test_state_of_another_model_is_refused(tmp_path):
     modules, optimizer = trained()
-    with pytest.raises(UserError, match="model.bias"):
-        load_state(modules, optimizer, {"model.weight": torch.ones(2, 3)})
+    for tensors, told in (({"model.weight": torch.ones(2, 3)}, "nothing for model.bias"),
+                          (modules.state_dict() | {"reference.bias": torch.ones(7)}, r"\(7,\) for reference.bias"),
+                          (modules.state_dict() | {"optimizer.step.b": torch.ones(())}, "optimizer.step.b is of")):
+        save_state(tmp_path, tensors, {"step": 1}, Dist())
+        with refused(told):
+            load_state(modules, optimizer, SavedState(saved_states(tmp_path)[0]), Dist())
 
 
 def test_a_log_row_has_the_order_of_the_columns_and_blanks(tmp_path):
@@ -253,11 +260,12 @@ def test_a_log_row_has_the_order_of_the_columns_and_blanks(tmp_path):
 
 
 def test_only_the_main_process_writes(tmp_path):
-    folder = RunFolder(tmp_path / "run", is_main=False)
+    folder = RunFolder(tmp_path / "run", Dist(rank=1))
     folder.start({})
     folder.log({"step": 1}, ["step"])
     folder.save(*trained(), {"step": 1})
-    assert not (tmp_path / "run").exists()
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]  # its shard, which here is empty
+    assert [path.name for path in written] == ["shard-00002-of-00001.safetensors"]
 
 
 def test_resume_cuts_what_is_done_again_from_the_log(tmp_path):
@@ -269,7 +277,7 @@ def test_resume_cuts_what_is_done_again_from_the_log(tmp_path):
     folder.save(*trained(), {"step": 2})
     for damaged in (saved + b"3,1.5\n4,", saved[:9] + b"\xff\n,,," + saved[12:], b""):
         folder.log_path.write_bytes(damaged)
-        RunFolder(tmp_path, is_main=False).resume({})
+        RunFolder(tmp_path, Dist(rank=1)).resume({})
         assert folder.log_path.read_bytes() == damaged  # another rank leaves it alone
         folder.resume({})
         assert folder.log_path.read_bytes() == saved
@@ -295,13 +303,14 @@ def test_resume_refuses_nothing_rubbish_and_another_config(tmp_path):
     with pytest.raises(UserError, match="device was 'cpu', is 'cuda', lr was 1, is None"):
         folder.resume({"device": "cuda"})
     assert folder.resume({"lr": 1, "device": "cuda"}, {"device"})[1]["step"] == 1
-    folder.state_path.write_bytes(folder.state_path.read_bytes()[:-2])
+    shard, = saved_states(folder.path)[0].glob("shard-*")
+    shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(UserError, match="cannot be read"):
         folder.resume({"lr": 1}, {"device"})
     with pytest.raises(UserError, match="--overwrite"):
         folder.start({"lr": 1})
     folder.start({"lr": 3}, overwrite=True)
-    assert not folder.state_path.exists() and json.loads(folder.knobs_path.read_text()) == {"lr": 3}
+    assert not saved_states(folder.path) and json.loads(folder.knobs_path.read_text()) == {"lr": 3}
 
 
 def handlers():
@@ -339,7 +348,7 @@ def test_a_loop_counts_to_its_total_and_says_when_it_is_due(tmp_path, capsys):
 
 def test_a_long_loop_says_something_twenty_times(tmp_path, capsys):
     for is_main, lines in ((True, 20), (False, 0)):
-        loop = Loop(RunFolder(tmp_path, is_main=is_main), done=0, total=400, every=1000, label="rl")
+        loop = Loop(RunFolder(tmp_path, Dist(rank=0 if is_main else 1)), done=0, total=400, every=1000, label="rl")
         for step in loop:
             loop.show("words")
             if step == 3:

@@ -37,6 +37,7 @@ each token) and {total:,} parameters, trained with plainseek.
 """
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
           "chat_template.jinja")  # files that go on with the tokenizer.json that they lie beside
+OFFSETS = "DCP_SHARDING_INFO"  # the key of torch.distributed.checkpoint's HuggingFaceStorageReader
 PRESETS = Path(__file__).parent.parent / "presets"
 
 # ------------------------------------------------------------------------------------- whole files
@@ -139,10 +140,12 @@ def checksum(name: str, tensor: Tensor) -> str:
     return fingerprint(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), bits.numpy())
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict, one_of: str = "") -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict, one_of: str = "",
+                  offsets: dict[str, list[int]] | None = None) -> None:
     """A safetensors file with the checksum of each tensor and of the notes (JSON) in its metadata.
 
-    one_of: what all files of one set have in common.
+    one_of: what all files of one set have in common; offsets: where each tensor begins in the whole one of
+    which it is a shard, noted as torch.distributed.checkpoint reads it.
     """
     own, memory = {}, set()
     for name, tensor in tensors.items():
@@ -152,9 +155,11 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict, one_of: s
         memory.add(tensor.untyped_storage().data_ptr())
         own[name] = tensor
     sums = {name: checksum(name, tensor) for name, tensor in own.items()}
-    text = json.dumps(notes)
-    sums["notes"] = fingerprint(text.encode(), one_of.encode())
-    metadata = {"format": "pt", "notes": text, "set": one_of, "checksums": json.dumps(sums)}
+    metadata = {"notes": json.dumps(notes), "set": one_of}
+    if offsets is not None:
+        metadata[OFFSETS] = json.dumps({name: {"saved_offsets": offsets[name]} for name in own})
+    sums["notes"] = fingerprint(*(text.encode() for text in metadata.values()))
+    metadata = {"format": "pt", **metadata, "checksums": json.dumps(sums)}
     save_file(own, path, metadata=metadata)
     with open(path, "rb+") as file:  # safetensors writes metadata in any order: the same run, the same file
         length = int.from_bytes(file.read(8), "little")
@@ -179,15 +184,16 @@ class TensorFile:
             self.file = safe_open(path, framework="pt")
             metadata = self.file.metadata() or {}
             self.sums = json.loads(metadata["checksums"]) if is_ours or "checksums" in metadata else None
-            text, self.one_of = metadata.get("notes", "{}"), metadata.get("set", "")
-            self.notes = json.loads(text)
-            told = self.sums and self.sums["notes"]
+            told = [metadata[key] for key in ("notes", "set", OFFSETS) if key in metadata]
+            self.notes, self.one_of = json.loads(metadata.get("notes", "{}")), metadata.get("set", "")
+            self.offsets = json.loads(metadata.get(OFFSETS, "{}"))
+            is_whole = not self.sums or self.sums["notes"] == fingerprint(*(text.encode() for text in told))
         except FileNotFoundError:
             raise
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read ({type(error).__name__} {error}): "
                             "the file is damaged or foreign") from None
-        if self.sums and told != fingerprint(text.encode(), self.one_of.encode()):
+        if not is_whole:
             raise UserError(f"{path}: its notes are damaged (checksum)")
 
     def keys(self) -> list[str]:

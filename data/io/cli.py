@@ -300,7 +300,7 @@ def mute() -> None:
 def run_main(main: Callable[[list[str]], None]) -> NoReturn:
     """Run `main(argv)` as a program: a UserError becomes one line on stderr and exit code 2.
 
-    What a terminal cannot show becomes a question mark. Of several ranks the first one speaks.
+    What a terminal cannot show becomes a question mark. A rank other than the first says which it is.
     """
     keep_freed_memory()
     code = 0
@@ -312,8 +312,8 @@ def run_main(main: Callable[[list[str]], None]) -> NoReturn:
         if sys.stdout:
             sys.stdout.flush()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        print("error: " if rank == "0" else f"error on rank {rank}: ", error, sep="", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 130

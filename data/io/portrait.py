@@ -1,12 +1,26 @@
 """What a model costs, from its configuration and the shapes of its tensors; nothing is built here."""
 
 import os
+from collections import Counter
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 from torch import Tensor
 
 from data.io.checkpoint import mtp_prefixes
-from data.io.cli import UserError
+from data.io.cli import Knobs, UserError, knob
+
+
+@dataclass
+class PortraitConfig(Knobs):
+    """The knobs of `python model.py`."""
+
+    name: str = knob("tiny", "a preset or a checkpoint directory", positional=True)
+    ranks: int = knob(0, "print what training costs each of so many processes instead", least=0)
+    expert_parallel: int = knob(1, "of which so many share the experts of a layer", least=1)
+
+    def rules(self):
+        yield "expert_parallel", f"a divisor of ranks = {self.ranks}", self.ranks % self.expert_parallel == 0
 
 
 def parameter_counts(state: dict[str, Tensor], config: dict) -> dict[str, int]:
@@ -62,6 +76,31 @@ def portrait(name: str, config: dict, state: dict[str, Tensor], flops: float) ->
         lines.append(f"cache per token       {2 * numbers:,} bytes in bf16 with {kind}")
     lines.append(f"memory to train       {si(16 * counts['total'])}B  (float32 weight, gradient, "
                  "two AdamW moments; activations come on top)")
+    return "\n".join(lines)
+
+
+def shared_out(name: str, config: dict, state: dict[str, Tensor], ranks: int, expert_parallel: int) -> str:
+    """What training costs each of so many ranks, on paper (see data/io/ranks.py); activations come on top.
+
+    Weights, gradients and moments are split over all ranks. A block is gathered in float32 while it runs, and the
+    next one on its way; of its experts a rank gathers those that it shares out with the ranks of its kind. Each
+    pair (token, expert) crosses four times in bf16: there, back, and the gradients of both.
+    """
+    C, K = config["hidden_size"], config["num_experts_per_tok"]
+    total = sum(tensor.numel() for tensor in state.values())
+    experts, rest = Counter(), Counter()  # layer -> parameters of its routed experts, and of all else
+    for key, tensor in state.items():
+        if ".layers." in key:
+            (experts if ".experts." in key else rest)[key.split(".")[2]] += tensor.numel()
+    block, plain = (max(rest[layer] + experts[layer] // parts for layer in rest) for parts in (expert_parallel, 1))
+    sent = 4 * 2 * C * K * len(experts) * (expert_parallel - 1) / expert_parallel
+    lines = [
+        f"{name} on {ranks:,} ranks, the experts of a layer on {expert_parallel} of them",
+        f"states per rank       {si(16 * total / ranks)}B  ({si(total)} parameters: weight, gradient, 2 moments)",
+        f"gathered per rank     {si(2 * 4 * block)}B  (two blocks in float32)"]
+    if expert_parallel > 1:
+        lines += [f"  without experts'    {si(2 * 4 * plain)}B  (--expert_parallel 1)",
+                  f"all-to-all per token  {si(sent)}B  ({len(experts)} layers x {K} experts x {C} numbers, four times)"]
     return "\n".join(lines)
 
 

@@ -11,20 +11,21 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Collection, Iterator, Sequence
+from typing import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data.io.checkpoint import (TensorFile, read_json, remove_abandoned, write_json, write_tensors, write_text,
-                                written_aside)
+from data.io.checkpoint import read_json, remove_abandoned, write_json, write_text
 from data.io.cli import Knobs, UserError, knob, mute
+from data.io.ranks import Dist, is_restarted, local
+from data.io.state import SavedState, load_state, save_state, saved_states, state_of
 
 # ---------------------------------------------------------------------------------- the run folder
 
-MADE = ("at-*", "model*.safetensors*", "config.json", "generation_config.json", "tokenizer*.json",
+MADE = ("state-*", "at-*", "model*.safetensors*", "config.json", "generation_config.json", "tokenizer*.json",
         "special_tokens_map.json", "chat_template.jinja", "*.png", "answers.txt", "report.*",
         "README.md")  # by a run, in its folder
 
@@ -44,11 +45,17 @@ class RunConfig(Knobs):
     micro_batch: int = knob(32, "sequences of one forward pass on one rank; the rest is accumulated", least=1)
     clip: float = knob(1.0, "largest norm of the gradient", above=0)
     weight_decay: float = knob(0.1, "AdamW: decay of matrices; norms and biases have none", least=0)
+    max_bad_steps: int = knob(5, "steps in a row whose gradient is not finite, and which are left out,"
+                                 " before the run gives up", least=1)
+    expert_parallel: int = knob(1, "under torchrun: ranks that share the experts of a layer", least=1)
+    reshard: bool = knob(True, "under torchrun: gathered weights are given back behind each block (ZeRO-3);"
+                               " --no-reshard keeps them for the step (ZeRO-2)")
 
     # what may differ when a run is resumed: where and how it is computed, how often it is looked at, and
     # the learning rate, since a run that diverged goes on with a lower one
     FREE_ON_RESUME = frozenset({"resume", "overwrite", "out", "device", "impl", "micro_batch", "recompute",
-                                "snapshots", "eval_every", "lr", "steps"})
+                                "snapshots", "eval_every", "lr", "steps", "max_bad_steps", "expert_parallel",
+                                "reshard"})
 
     def rules(self):
         is_plain = self.name not in ("", ".", "..") and Path(self.name).name == self.name
@@ -62,29 +69,30 @@ class RunConfig(Knobs):
 class RunFolder:
     """out/<name>/: the checkpoint directory, the knobs, the log, and what is needed to go on.
 
-    `save` writes state.safetensors whole or not at all, so a kill at any moment leaves weights,
-    optimizer, notes and log of one and the same step. Only the process with `is_main` writes, and it
-    holds a lock: two runs cannot share a folder.
+    `save` writes a state whole or not at all, so a kill at any moment leaves weights, optimizer, notes and
+    log of one and the same step. Only the first rank writes besides its shard, and it holds a lock: two runs
+    cannot share a folder.
     """
 
-    def __init__(self, path: str | Path, is_main: bool = True, knobs_file: str = "train.json"):
-        self.path, self.is_main, self.knobs = Path(path), is_main, None
+    def __init__(self, path: str | Path, world: Dist | None = None, knobs_file: str = "train.json"):
+        self.path, self.world, self.knobs = Path(path), world or Dist(), None
+        self.is_main = self.world.is_main
         self.knobs_path, self.log_path = self.path / knobs_file, self.path / "log.csv"
-        self.state_path = self.path / "state.safetensors"
 
-    def begin(self, knobs: dict, config: RunConfig) -> tuple[dict[str, Tensor], dict]:
+    def begin(self, knobs: dict, config: RunConfig) -> tuple[Mapping[str, Tensor], dict]:
         """What there is to go on from, where that is asked for; else nothing, when nothing is in the way.
 
-        Raises UserError as `resume` or `check`. A new run calls `start` once all that can fail is done.
+        Raises UserError as `resume` or `check`. A new run calls `start` once all that can fail is done. A
+        process that torchrun started again goes on with the run that it began.
         """
-        if config.resume:
+        if config.resume or is_restarted() and self.knobs_path.exists():
             return self.resume(knobs, config.FREE_ON_RESUME)
         self.check(config.overwrite)
         return {}, {}
 
     def check(self, overwrite: bool = False) -> None:
         """Raises UserError when a run is in the way; nothing is touched."""
-        is_taken = (self.path / "model.safetensors").exists() or self.state_path.exists()
+        is_taken = (self.path / "model.safetensors").exists() or saved_states(self.path)
         if is_taken and not overwrite:
             raise UserError(f"{self.path} holds a run already: --resume goes on with it, --overwrite "
                             "starts over, --name NAME begins another one")
@@ -97,11 +105,11 @@ class RunFolder:
         if self.is_main:
             self.check(overwrite)
             self._lock()
-            for stale in (self.state_path, self.log_path, *(p for made in MADE for p in self.path.glob(made))):
+            for stale in (*(p for made in MADE for p in self.path.glob(made)), self.log_path):
                 shutil.rmtree(stale) if stale.is_dir() else stale.unlink(missing_ok=True)
             write_json(self.knobs_path, knobs)
 
-    def resume(self, knobs: dict, free: Collection[str] = ()) -> tuple[dict[str, Tensor], dict]:
+    def resume(self, knobs: dict, free: Collection[str] = ()) -> tuple[Mapping[str, Tensor], dict]:
         """Tensors and notes of the last `save`, the run's knobs among them; log.csv is what it was then.
 
         A run that was killed before its first save has neither: it starts over, with a line that says
@@ -120,40 +128,34 @@ class RunFolder:
                             f"start from the weights in {self.path})")
         if self.is_main:
             self._lock()
-        if not self.state_path.exists():
-            if self.is_main:
-                print(f"{self.path}: no state was saved yet, starting over", flush=True)
+        states = saved_states(self.path)
+        if not states:
+            self.world.say(f"{self.path}: no state was saved yet, starting over")
             return {}, {}
-        state = TensorFile(self.state_path, is_ours=True)
-        tensors = {name: state.get(name) for name in state.keys()}
-        if "log" not in tensors or not isinstance(state.notes.get("step"), int):
-            raise UserError(f"{self.state_path}: is no state of a run; --overwrite starts over")
-        log = bytes(tensors.pop("log")).decode("utf-8", "replace")
+        state = SavedState(states[-1])
+        if "log" not in state or not isinstance(state.notes.get("step"), int):
+            raise UserError(f"{state.path}: is no state of a run; --overwrite starts over")
         if self.is_main:
-            write_text(self.log_path, log)
+            write_text(self.log_path, bytes(state["log"]).decode("utf-8", "replace"))
         self.knobs = knobs  # some may have changed: the next save notes them
-        return tensors, state.notes | {"knobs": was}
+        return state, state.notes | {"knobs": was}
 
     def save(self, modules: nn.Module, optimizer: torch.optim.Optimizer, notes: dict,
              **tensors: Tensor | None) -> None:
         """Replace the state, or the earlier one stays. notes must be JSON and hold "step".
 
-        The file has `modules.state_dict()`, the optimizer's state as "optimizer.<key>.<parameter>",
-        the text of log.csv, and `tensors` (but None) under their own names; `load_state` is the inverse.
+        It has `state_of` modules and optimizer, the text of log.csv, and `tensors` (but None) under their own
+        names; `load_state` is the inverse. Every rank calls this.
         """
-        if not self.is_main:
-            return
-        names = {parameter: name for name, parameter in modules.named_parameters()}
-        state = modules.state_dict() | {name: value for name, value in tensors.items() if value is not None}
-        for parameter, its_state in optimizer.state.items():
-            state |= {f"optimizer.{key}.{names[parameter]}": value for key, value in its_state.items()}
-        log = self.log_path.read_bytes() if self.log_path.exists() else b""
-        state["log"] = torch.tensor(np.frombuffer(log, np.uint8))  # (bytes,)
-        if self.knobs is not None:
-            write_json(self.knobs_path, self.knobs)
-            self.knobs = None
-        with written_aside(self.state_path) as aside:
-            write_tensors(aside, state, notes)
+        state = state_of(modules, optimizer)
+        state |= {name: value for name, value in tensors.items() if value is not None}
+        if self.is_main:
+            log = self.log_path.read_bytes() if self.log_path.exists() else b""
+            state["log"] = torch.tensor(np.frombuffer(log, np.uint8))  # (bytes,)
+            if self.knobs is not None:
+                write_json(self.knobs_path, self.knobs)
+                self.knobs = None
+        save_state(self.path, state, notes, self.world)
 
     def log(self, values: dict, columns: Sequence[str]) -> None:
         """Append the values to log.csv in the order of `columns`, empty where there is none.
@@ -197,28 +199,6 @@ class RunFolder:
             raise UserError(f"cannot write {self.path}: {error}") from None
 
 
-def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put what `RunFolder.save` wrote back into modules and optimizer.
-
-    Raises UserError when the state is not of these modules.
-    """
-    wanted = modules.state_dict()
-    for name, tensor in wanted.items():
-        if name not in tensors or tensors[name].shape != tensor.shape:
-            got = tuple(tensors[name].shape) if name in tensors else "nothing"
-            raise UserError(f"the state has {got} for {name}, wanted {tuple(tensor.shape)}: it is of another "
-                            "model; --overwrite starts over")
-    modules.load_state_dict({name: tensors[name] for name in wanted})
-    parameters = dict(modules.named_parameters())
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, key, its_name = name.split(".", 2)
-            parameter = parameters.get(its_name)
-            if parameter is None or tensor.numel() not in (1, parameter.numel()):
-                raise UserError(f"the state's {name} is of another model; --overwrite starts over")
-            optimizer.state[parameter][key] = tensor.to(parameter.device)
-
-
 def newest_run(root: str | Path = "out") -> Path:
     """The checkpoint directory below `root` that was written last. Raises UserError without one."""
     weights = [path for path in Path(root).rglob("model*.safetensors")
@@ -232,30 +212,42 @@ def newest_run(root: str | Path = "out") -> Path:
 class SavedRun:
     """What the trainers of train.py and rl.py share: a checkpoint for others, and a state to go on from.
 
-    They have model, tokenizer, modules, optimizer, folder, world, `loads` (a list of tensors), NOTES,
-    the names of their attributes that are saved as JSON, and perhaps a `loader` of data.
+    They have config, model, tokenizer, modules, optimizer, folder, world, `loads` (a list of tensors), NOTES,
+    the names of their attributes that are saved as JSON, perhaps a `loader` of data, and `whole(main_only)`,
+    the model with all its weights.
     """
 
     NOTES: tuple[str, ...] = ("step",)
     loader = None
+    bad_steps = 0  # in a row
 
     def save(self) -> None:
         """First the checkpoint directory, then the state, chance and place in the data included.
 
         Raises UserError when a weight is not finite: the last good checkpoint stays.
         """
-        is_finite = [parameter.detach().isfinite().all() for parameter in self.model.parameters()]
-        if not torch.stack(is_finite).all():
+        is_finite = [local(parameter.detach()).isfinite().all() for parameter in self.model.parameters()]
+        if self.world.any(not torch.stack(is_finite).all()):
             raise UserError(f"step {self.step}: the weights are not finite, nothing was saved; lower --lr: "
                             "--resume goes on from the last checkpoint")
-        if self.world.is_main:
-            self.model.save_pretrained(self.folder.path, self.tokenizer)
+        self.publish(self.folder.path)
         notes = {name: getattr(self, name) for name in self.NOTES}
         tensors = {"rng": torch.get_rng_state(), "loads": torch.stack(self.loads) if self.loads else None}
         if self.loader is not None:
             notes["loader"] = self.loader.state_dict()
         self.folder.save(self.modules, self.optimizer, notes, **tensors)
-        self.world.barrier()
+
+    def publish(self, path: Path) -> None:
+        """Write the checkpoint directory; every rank calls this, the first one writes."""
+        model = self.whole(main_only=True)
+        self.world.on_main(lambda: model.save_pretrained(path, self.tokenizer))
+
+    def check_bad_steps(self, is_bad: bool) -> None:
+        """Count steps that were left out. Raises UserError after too many in a row."""
+        self.bad_steps = self.bad_steps + 1 if is_bad else 0
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise UserError(f"step {self.step + 1}: the gradient was not finite {self.bad_steps} times in a row: lower "
+                            f"--lr; --resume goes on from the last save in {self.folder.path}")
 
     @contextmanager
     def saved_if_refused(self) -> Iterator[None]:
@@ -268,9 +260,9 @@ class SavedRun:
                     self.save()
             raise
 
-    def restore(self, tensors: dict[str, Tensor], notes: dict) -> None:
+    def restore(self, tensors: SavedState, notes: dict) -> None:
         """Take up where `save` left off."""
-        load_state(self.modules, self.optimizer, tensors)
+        load_state(self.modules, self.optimizer, tensors, self.world)
         self.loads = list(tensors.get("loads", ()))
         for name in self.NOTES:
             setattr(self, name, notes[name])
