@@ -197,7 +197,7 @@ class Cache:
         L, width = config.num_hidden_layers, config.kv_lora_rank + config.qk_rope_head_dim
         self.buffer = torch.zeros(L, batch, capacity, width, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.longest = 0  # of length, kept on the host so that layers need not wait for the device
+        self.longest = 0  # no length is above it; on the host, so that layers need not wait for the device
         self.capacity = capacity
 
     def begin(self, T: int) -> Tensor:
@@ -218,17 +218,30 @@ class Cache:
         held[self.rows, self.positions] = latent.to(held.dtype)
         return held[:, : self.shown]
 
-    def advance(self, tokens: int | Tensor) -> None:
-        """Accept `tokens` more: one number for all rows, or (B,) for rows of unequal prompts."""
-        self.length = self.length + tokens
-        self.longest = self.longest + tokens if isinstance(tokens, int) else int(self.length.max())
+    def advance(self, tokens: int | Tensor, longest: int | None = None) -> None:
+        """Accept `tokens` more: one number for all rows, or (B,) for each row its own.
 
-    def select(self, rows: Tensor) -> "Cache":
+        Who knows a `longest` that no row is above then spares a look at the device.
+        """
+        self.length = self.length + tokens
+        if longest is None:
+            longest = self.longest + tokens if isinstance(tokens, int) else int(self.length.max())
+        self.longest = longest
+
+    def select(self, rows: Tensor, longest: int | None = None) -> "Cache":
         """A cache of the given rows, (n,) int64; a row may come several times."""
         out = copy.copy(self)
         out.buffer = self.buffer[:, rows]
         out.length = self.length[rows]
-        out.longest = int(out.length.max())
+        out.longest = int(out.length.max()) if longest is None else longest
+        return out
+
+    def cat(self, other: "Cache") -> "Cache":
+        """A cache of the rows of both, the other's last."""
+        out = copy.copy(self)
+        out.buffer = torch.cat((self.buffer, other.buffer), dim=1)
+        out.length = torch.cat((self.length, other.length))
+        out.longest = max(self.longest, other.longest)
         return out
 
 

@@ -1,7 +1,7 @@
 """From a checkpoint to text: everything is one distribution and one draw.
 
-`sample_tokens` is the draw, `generate` the loop around it on the latent cache: read the prompts,
-draw, write down, step. It is also the rollout engine of rl.py.
+`sample_tokens` is the draw, `Decoder` the step around it on the latent cache, `generate` the loop:
+read the prompts, draw, write down, step. It is also the rollout engine of rl.py.
 
     python sample.py "Once upon a time"     continue a text with the newest checkpoint below out/
     python sample.py --chat "4-6+3="        ask a question in the template that rl.py trains on
@@ -29,6 +29,7 @@ from kernels import at_least_float32
 from model import Cache, Transformer
 
 COMPACT_BELOW = 0.75  # rows leave the batch, which copies the cache, when this share is still alive
+LOOK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}  # steps until the host waits to see what was made
 
 
 class Draw(NamedTuple):
@@ -69,15 +70,14 @@ def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, 
 
     logits (n, V); noise (n,), uniform in [0, 1), is all the chance there is. Log-prob and entropy
     are of the distribution drawn from; temperature 0 takes the likeliest token out of the whole
-    softmax. Raises UserError when a logit is NaN or infinite.
+    softmax. Where a logit is NaN or +inf, the log-prob is NaN, and nothing waits for the device to
+    say so.
 
     >>> draw = sample_tokens(torch.tensor([[0.25, 0.75]]).log(), 1.0, 0, 1.0, torch.tensor([0.3]))
     >>> draw.token.item(), round(draw.logp.exp().item(), 4)
     (1, 0.75)
     """
     peak = logits.amax(-1, keepdim=True)  # (n, 1)
-    if not peak.isfinite().all():
-        raise UserError("sampling: the model's logits are not finite: the training run behind it diverged")
     if temperature > 0:  # behind the subtraction a tiny temperature cannot overflow
         logits = truncate((logits - peak) / temperature, top_k, top_p)
     logps = logits.log_softmax(-1)  # (n, V)
@@ -96,7 +96,8 @@ def invert_cdf(probs: Tensor, noise: Tensor) -> Tensor:
     cdf = probs.cumsum(-1, dtype=wide)  # (n, V)
     total = cdf[:, -1:].contiguous()  # (n, 1), 1 but for rounding
     token = torch.searchsorted(cdf, noise.to(wide).unsqueeze(1) * total, right=True)
-    return torch.minimum(token, torch.searchsorted(cdf, total)).squeeze(1)
+    last = torch.searchsorted(cdf, total).clamp(max=probs.shape[1] - 1)  # NaN is above everything
+    return torch.minimum(token, last).squeeze(1)
 
 
 class Generation(NamedTuple):
@@ -130,10 +131,184 @@ class Generation(NamedTuple):
         """The rows of both, the other's last; what is shorter is filled up with zeros."""
         T = max(self.tokens.shape[1], other.tokens.shape[1])
 
-        def widened(x: Tensor) -> Tensor:
-            return x if x.ndim == 1 else F.pad(x, (0, 0) * (x.ndim - 2) + (0, T - x.shape[1]))
+        return Generation(*(x if x is None else torch.cat((_widened(x, T), _widened(y, T)))
+                            for x, y in zip(self, other)))
 
-        return Generation(*(x if x is None else torch.cat((widened(x), widened(y))) for x, y in zip(self, other)))
+
+def _widened(x: Tensor, width: int, value: int = 0) -> Tensor:
+    """x (n, T, ...) with columns of `value` up to `width`; a column of numbers, (n,), stays."""
+    return x if x.ndim == 1 else F.pad(x, (0, 0) * (x.ndim - 2) + (0, width - x.shape[1]), value=value)
+
+
+class Asked(NamedTuple):
+    """What the host knows of a row that is being decoded."""
+
+    row: int  # of `Decoder.out`
+    limit: int  # the length at which it ends
+    sampling: tuple  # temperature, top_k, top_p
+
+
+@dataclass
+class Batch:
+    """The rows that a Decoder has at present, n of them, and what their next step needs."""
+
+    asked: list[Asked]  # (n,)
+    cache: Cache
+    row: Tensor  # (n,) int64, of `Decoder.out`
+    last: Tensor  # (n,) int64, where its last token would be, by its limit
+    noise: Tensor  # (n, W) float32, the chance of the token at each position
+    is_alive: Tensor  # (n,) bool, it has not ended
+    logp: Tensor  # (n,) of all that was drawn: NaN as soon as a logit is
+    token: Tensor  # (n,) int64, its last one, which the model has not yet read
+    made: Tensor  # (n, steps since the last look) int64, the tokens drawn, -1 for none
+
+    def __post_init__(self):
+        """`ways`: how rows are drawn, and which ones so; `most`: tokens of a row that are read."""
+        self.ways, self.most = {}, max(asked.limit for asked in self.asked) - 1
+        for sampling in {asked.sampling for asked in self.asked}:
+            places = [i for i, asked in enumerate(self.asked) if asked.sampling == sampling]
+            self.ways[sampling] = torch.tensor(places, device=self.row.device)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+
+    def select(self, places: list[int]) -> "Batch":
+        """The rows at these places."""
+        index = torch.tensor(places, device=self.row.device)
+        rows = {name: value[index] for name, value in self.tensors().items()}
+        asked, cache = [self.asked[i] for i in places], self.cache.select(index, self.cache.longest)
+        return Batch(asked, cache, **rows)
+
+    def cat(self, other: "Batch") -> "Batch":
+        """The rows of both, the other's last; a row with fewer columns gets more of -1."""
+        rows, mine, theirs = {}, self.tensors(), other.tensors()
+        for name, value in mine.items():
+            width = max(value.shape[1:2] + theirs[name].shape[1:2], default=0)
+            rows[name] = torch.cat((_widened(value, width, -1), _widened(theirs[name], width, -1)))
+        return Batch(self.asked + other.asked, self.cache.cat(other.cache), **rows)
+
+
+class Decoder:
+    """Rows that are decoded together: they join between two steps and leave when they have ended.
+
+    `admit` reads prompts and `step` gives every row its next token, both without a wait for the
+    device; `look` waits, tells what was made since the last look, and lets go what has ended. It
+    all stands in `out`, whole for the rows that have ended; behind the longest text, W tokens, it
+    has one column more, where goes what is not to be kept.
+    """
+
+    def __init__(self, model: Transformer, rows: int, width: int, stop_ids: Sequence[int] = (),
+                 keep_routing: bool = False, keep_support: bool = False):
+        self.model, self.width = model, width
+        self.batch: Batch | None = None
+        self.blank = _blank(model, width + 1, stop_ids, keep_routing, keep_support)  # a row of `out`
+        self.out = self.blank.rows(self.blank.lengths.new_zeros(rows))
+        self.stops = self.blank.tokens.new_tensor(list(stop_ids))
+
+    @torch.no_grad()
+    def admit(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], limits: Sequence[int],
+              noise: Tensor, *sampling) -> None:
+        """Read prompts, each once for its share of `rows`, and draw the token behind each row.
+
+        rows: free ones of `out`, as many for each prompt; limits: the lengths at which they end;
+        noise (n, steps): their chance; sampling: temperature, top_k, top_p.
+        """
+        model, out, device = self.model, self.out, self.stops.device
+        longest, samples = max(map(len, prompts)), len(rows) // len(prompts)
+        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        tokens = torch.tensor(padded, device=device)  # (prompts, longest)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (prompts,)
+        cache = model.new_cache(len(prompts), self.width)
+        # padding stands right of the prompt, so no prompt token sees it, and decoding overwrites it
+        h, routings = model.trunk(tokens, cache)  # (prompts, longest, C)
+        cache.advance(lengths - 1, longest - 1)  # `_draw` counts the token behind which it draws
+        source = torch.arange(len(prompts), device=device).repeat_interleave(samples)  # (n,)
+        if samples > 1:
+            cache = cache.select(source, cache.longest)
+        row, lengths = torch.tensor(rows, device=device), lengths[source]  # (n,)
+        for value, empty in zip(out, self.blank):
+            if value is not None:
+                value[row] = empty
+        out.prompt_lengths[row] = out.lengths[row] = lengths
+        is_prompt = torch.arange(longest, device=device) < lengths.unsqueeze(1)  # (n, longest)
+        out.tokens[row, :longest] = tokens[source].where(is_prompt, self.blank.tokens[:, :longest])
+        for layer, routing in enumerate(routings if out.routing is not None else ()):
+            out.routing[row, :longest, layer] = routing.topk_idx[source]
+        place = lengths.unsqueeze(1) + torch.arange(noise.shape[1], device=device)  # (n, steps)
+        chance = torch.zeros(len(row), self.width + noise.shape[1], device=device)
+        new = Batch([Asked(*pair, sampling) for pair in zip(rows, limits)], cache, row,
+                    last=torch.tensor(limits, device=device) - 1, is_alive=row >= 0,
+                    noise=chance.scatter_(1, place, noise.to(device)), logp=chance[:, 0],
+                    token=row, made=row.new_empty(len(row), 0))
+        self._draw(new, h[source, lengths - 1])
+        self.batch = self.batch.cat(new) if self.batch else new
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Read the last token of every row, and draw the next."""
+        batch, cache, out = self.batch, self.batch.cache, self.out
+        h, routings = self.model.trunk(batch.token.unsqueeze(1), cache)  # (n, 1, C)
+        column = cache.length.where(batch.is_alive, self.width)  # (n,)
+        for layer, routing in enumerate(routings if out.routing is not None else ()):
+            out.routing[batch.row, column, layer] = routing.topk_idx[:, 0]
+        self._draw(batch, h[:, 0])
+
+    def _draw(self, batch: Batch, h: Tensor) -> None:
+        """The token behind each row, from the state h (n, C) of its last one, goes into `out`."""
+        out, row, place = self.out, batch.row, batch.cache.length + 1  # (n,) where the token will be
+        logits = self.model.lm_head(h).to(at_least_float32(h.dtype))  # (n, V)
+        draw = self._sample(batch, logits, batch.noise.gather(1, place.unsqueeze(1)).squeeze(1))
+        column = place.where(batch.is_alive, self.width)  # (n,), an ended row stands still
+        out.tokens[row, column] = draw.token
+        out.logps[row, column] = draw.logp
+        out.entropy[row, column] = draw.entropy
+        if out.support is not None:
+            out.support[row, column] = draw.support
+        made = draw.token.where(batch.is_alive, -1)
+        batch.made = torch.cat((batch.made, made.unsqueeze(1)), 1)
+        batch.token, batch.logp = draw.token, batch.logp + draw.logp
+        batch.cache.advance(batch.is_alive, min(batch.cache.longest + 1, batch.most))
+        batch.is_alive = batch.is_alive & (place < batch.last) & ~torch.isin(draw.token, self.stops)
+
+    def _sample(self, batch: Batch, logits: Tensor, noise: Tensor) -> Draw:
+        """`sample_tokens` for rows that are drawn in unlike ways: logits (n, V), noise (n,)."""
+        if len(batch.ways) == 1:
+            return sample_tokens(logits, *batch.asked[0].sampling, noise)
+        draws = [sample_tokens(logits[places], *sampling, noise[places])
+                 for sampling, places in batch.ways.items()]
+        back = torch.cat(list(batch.ways.values())).argsort()  # (n,)
+        return Draw(*(torch.cat(parts)[back] for parts in zip(*draws)))
+
+    def look(self) -> Iterator[tuple[int, list[int], bool]]:
+        """Row of `out`, its tokens since the last look, whether it has ended; rows without are left out.
+
+        The one wait for the device. Raises UserError when a logit was NaN or infinite.
+        """
+        batch, out = self.batch, self.out
+        state = torch.stack((batch.is_alive, batch.logp.isnan(), batch.cache.length + 1), 1)  # (n, 3)
+        found = torch.cat((state, batch.made), 1).tolist()
+        if any(is_nan for _, is_nan, *_ in found):
+            raise UserError("sampling: the model's logits are not finite: the training run behind it diverged")
+        ended = [(asked.row, length)
+                 for asked, (is_alive, _, length, *made) in zip(batch.asked, found)
+                 if not is_alive and max(made, default=-1) >= 0]
+        if ended:
+            self._close(*out.lengths.new_tensor(ended).unbind(1))
+        batch.made = batch.made[:, :0]
+        batch.cache.longest = max(length for _, _, length, *_ in found) - 1
+        left = [i for i, (is_alive, *_) in enumerate(found) if is_alive]
+        if len(left) <= COMPACT_BELOW * len(found):
+            self.batch = batch.select(left) if left else None
+        return ((asked.row, [token for token in made if token >= 0], not is_alive)
+                for asked, (is_alive, _, _, *made) in zip(batch.asked, found) if max(made, default=-1) >= 0)
+
+    def _close(self, row: Tensor, lengths: Tensor) -> None:
+        """Complete the rows of `out` that have ended, (k,), at these lengths."""
+        out, column = self.out, torch.arange(self.width + 1, device=row.device)
+        out.lengths[row] = lengths
+        out.finished[row] = torch.isin(out.tokens[row, lengths - 1], self.stops)
+        start, end = out.prompt_lengths[row].unsqueeze(1), lengths.unsqueeze(1)  # (k, 1)
+        out.mask[row] = (start <= column) & (column < end)
 
 
 @torch.no_grad()
@@ -146,52 +321,32 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
 
     Every prompt is read once; its latents are then repeated for its samples. A row ends at a stop
     id, after `max_new_tokens`, or at max_position_embeddings, and soon leaves the batch.
-    `on_token(row, id)` is called as tokens are made. The chance of a row depends on its prompt's
-    seed alone: an int gives each prompt its own, a sequence has one per prompt (so that ranks that
-    share the prompts draw what one process would), None is different each time. Raises UserError
-    for requests that cannot be met, and when the model's logits are not finite.
+    `on_token(row, id)` is called as tokens are made, which costs a wait for the device each time.
+    The chance of a row depends on its prompt's seed alone: an int gives each prompt its own, a
+    sequence has one per prompt (so that ranks that share the prompts draw what one process would),
+    None is different each time. Raises UserError for requests that cannot be met, and when the
+    model's logits are not finite.
     """
     SamplingKnobs(num_samples, max_new_tokens, temperature, top_k, top_p)
     check_prompts(model.config, prompts, stop_ids)
-    max_new_tokens = min(max_new_tokens, model.config.max_position_embeddings)
-    device = model.lm_head.weight.device
-    noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens).to(device)  # (N, steps)
-    stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=device)
-    asked = [prompt for prompt in prompts for _ in range(num_samples)]  # (N,)
-    out = _blank(model, asked, max_new_tokens, stop_ids, keep_routing, keep_sampling_mask)
+    context = model.config.max_position_embeddings
+    max_new_tokens = min(max_new_tokens, context)
+    limits = [min(len(prompt) + max_new_tokens, context)
+              for prompt in prompts for _ in range(num_samples)]
+    noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens)  # (N, steps)
+    decoder = Decoder(model, len(limits), max(limits), stop_ids, keep_routing, keep_sampling_mask)
+    look_every = 1 if on_token else LOOK_EVERY[decoder.stops.device.type]
     with evaluating(model):
-        h, cache = _prefill(model, out, num_samples)  # (N, 1, C), the state behind each prompt
-        limits = (out.prompt_lengths + max_new_tokens).clamp(max=out.tokens.shape[1])  # (N,)
-        rows = torch.arange(len(asked), device=device)  # (n,) row of `out` of each row of the batch
-        is_alive = torch.ones_like(rows, dtype=torch.bool)  # (n,)
-        while True:
-            logits = model.lm_head(h[:, 0]).to(at_least_float32(h.dtype))  # (n, V)
-            at = cache.length  # (n,) position of the token that each row gets now
-            draw = sample_tokens(logits, temperature, top_k, top_p, noise[rows, at - out.prompt_lengths[rows]])
-            is_stop = torch.isin(draw.token, stops)
-            row, place = rows[is_alive], at[is_alive]
-            out.tokens[row, place] = draw.token[is_alive]
-            out.mask[row, place] = True
-            out.logps[row, place] = draw.logp[is_alive]
-            out.entropy[row, place] = draw.entropy[is_alive]
-            if keep_sampling_mask:
-                out.support[row, place] = draw.support[is_alive]
-            out.lengths[row] = place + 1
-            out.finished[row] = is_stop[is_alive]
-            if on_token is not None:
-                for pair in zip(row.tolist(), draw.token[is_alive].tolist()):
-                    on_token(*pair)
-            is_alive = is_alive & ~is_stop & (at + 1 < limits[rows])
-            left, tokens = is_alive.nonzero().squeeze(1), draw.token
-            if len(left) == 0:
-                break
-            if len(left) <= COMPACT_BELOW * len(rows):
-                cache, rows, tokens, is_alive = cache.select(left), rows[left], tokens[left], is_alive[left]
-            h, routings = model.trunk(tokens.unsqueeze(1), cache)  # (n, 1, C)
-            for layer, routing in enumerate(routings if keep_routing else ()):
-                out.routing[rows[is_alive], cache.length[is_alive], layer] = routing.topk_idx[is_alive, 0]
-            cache.advance(is_alive.long())  # rows that ended stand still until they leave
-    return out.rows(slice(None), int(out.lengths.max()))
+        decoder.admit(prompts, range(len(limits)), limits, noise, temperature, top_k, top_p)
+        while decoder.batch:
+            if decoder.batch.made.shape[1] >= look_every:
+                made = decoder.look()
+                for row, tokens, _ in made if on_token else ():
+                    for token in tokens:
+                        on_token(row, token)
+            if decoder.batch:
+                decoder.step()
+    return decoder.out.rows(slice(None), int(decoder.out.lengths.max()))
 
 
 def draw_noise(seed: int | Sequence[int] | None, prompts: int, num_samples: int, steps: int) -> Tensor:
@@ -220,36 +375,19 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _blank(model, prompts, max_new_tokens, stop_ids, keep_routing, keep_support) -> Generation:
-    """A Generation of N prompts and padding, as wide as it can become."""
+def _blank(model, width: int, stop_ids, keep_routing: bool, keep_support: bool) -> Generation:
+    """One row of nothing but padding."""
     config, device = model.config, model.lm_head.weight.device
     pad = stop_ids[0] if len(stop_ids) else config.eos_token_id
-    T = min(max(map(len, prompts)) + max_new_tokens, config.max_position_embeddings)
-    padded = [[*prompt, *[pad] * (T - len(prompt))] for prompt in prompts]
-    tokens = torch.tensor(padded, device=device)  # (N, T)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (N,)
+    tokens = torch.full((1, width), pad, device=device)
+    none = torch.zeros(1, dtype=torch.int64, device=device)
     zeros = torch.zeros_like(tokens, dtype=at_least_float32(model.compute_dtype))
     layers = sum(map(config.is_moe, range(config.num_hidden_layers)))
     experts = torch.arange(config.num_experts_per_tok, device=device)  # (K,)
     everything = torch.ones(config.vocab_size, dtype=torch.bool, device=device)  # (V,)
-    return Generation(tokens, zeros.bool(), lengths, lengths.clone(), zeros, zeros.clone(),
-                      finished=torch.zeros_like(lengths, dtype=torch.bool),
-                      routing=experts.repeat(*tokens.shape, layers, 1) if keep_routing else None,
-                      support=everything.repeat(*tokens.shape, 1) if keep_support else None)
-
-
-def _prefill(model: Transformer, out: Generation, num_samples: int) -> tuple[Tensor, Cache]:
-    """Read each prompt once: the state behind its last token, (N, 1, C), and a cache of N rows."""
-    lengths = out.prompt_lengths[::num_samples]  # (prompts,)
-    tokens = out.tokens[::num_samples, : int(lengths.max())]  # (prompts, longest)
-    cache = model.new_cache(len(tokens), out.tokens.shape[1])
-    # padding stands right of the prompt, so no prompt token sees it, and decoding overwrites it
-    h, routings = model.trunk(tokens, cache)  # (prompts, longest, C)
-    cache.advance(lengths)
-    rows = torch.arange(len(tokens), device=tokens.device).repeat_interleave(num_samples)  # (N,)
-    for layer, routing in enumerate(routings if out.routing is not None else ()):
-        out.routing[:, : tokens.shape[1], layer] = routing.topk_idx[rows]
-    return h[rows, out.prompt_lengths - 1].unsqueeze(1), cache if num_samples == 1 else cache.select(rows)
+    return Generation(tokens, zeros.bool(), none, none, zeros, zeros, finished=none.bool(),
+                      routing=experts.repeat(1, width, layers, 1) if keep_routing else None,
+                      support=everything.repeat(1, width, 1) if keep_support else None)
 
 
 @dataclass

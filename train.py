@@ -184,7 +184,8 @@ def shard(model: Transformer, config: RunConfig, world: Dist) -> Transformer:
 def whole(model: Transformer, world: Dist, main_only: bool = False) -> Transformer | None:
     """A model with all the weights, of this process alone: to save, to sample from.
 
-    The model itself where nothing is split. Every rank calls this. With `main_only` the first rank gets it, on its CPU, and the others None.
+    The model itself where nothing is split. Every rank calls this. With `main_only` the first rank
+    gets it, on its CPU, and the others None.
     """
     if world.world_size == 1:
         return model
@@ -323,7 +324,8 @@ class Trainer(SavedRun):
         shard(model, config, world)
         self.experts = [moe.experts for _, moe in model.moe_layers()]
         self.modules = nn.ModuleDict({"model": model})
-        self.optimizer = make_optimizer(model, config.lr, config.weight_decay, (config.beta1, config.beta2))
+        betas = (config.beta1, config.beta2)
+        self.optimizer = make_optimizer(model, config.lr, config.weight_decay, betas)
         self.step, self.seconds = 0, 0.0  # done so far
         self.stride = max(1, self.plan.steps // 200)  # of the steps whose loads are drawn
         self.loads: list[Tensor] = []  # (MoE layers, E) routed tokens of every `stride`-th step

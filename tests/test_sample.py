@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
 from data.io.cli import UserError
@@ -119,9 +120,103 @@ def test_tiny_temperatures_are_greedy_and_finite():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_logits_that_are_not_finite_are_refused(bad):
-    with pytest.raises(UserError, match="not finite"):
-        sample_tokens(torch.tensor([[0.0, bad, 1.0]]), 1.0, 0, 1.0, noise_for(1))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_are_refused(model, bad, temperature, monkeypatch):
+    logits = torch.tensor([[0.0, bad, 1.0], [0.0, 2.0, 1.0]])
+    draw = sample_tokens(logits, temperature, 0, 1.0, noise_for(2))
+    assert draw.logp.isnan().tolist() == [True, False] and draw.token.max() < 3
+    for look_every in (1, 16):
+        monkeypatch.setitem(sample.LOOK_EVERY, "cpu", look_every)
+        handle = model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * bad)
+        with refused("not finite"):
+            generate(model, some_prompts(4), max_new_tokens=20, temperature=temperature)
+        handle.remove()
+
+
+def one_by_one(model, prompts, num_samples, steps, stops, seed, *sampling):
+    """What generation is, without cache or batch: read the whole text, draw, append, row by row."""
+    noise, texts = sample.draw_noise(seed, len(prompts), num_samples, steps), []
+    for row in range(len(noise)):
+        text = list(prompts[row // num_samples])
+        for chance in noise[row]:
+            with torch.no_grad():
+                logits = model(torch.tensor([text]))[:, -1]
+            text.append(sample_tokens(logits, *sampling, chance.unsqueeze(0)).token.item())
+            if text[-1] in stops or len(text) == model.config.max_position_embeddings:
+                break
+        texts.append(text)
+    return texts
+
+
+@pytest.mark.parametrize("look_every", [1, 5, 16])
+@pytest.mark.parametrize("sampling", [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.8, 12, 0.9)])
+def test_generation_is_what_drawing_row_by_row_is(model, sampling, look_every, monkeypatch):
+    """However seldom the host looks: ragged prompts, stops, the limit and the context."""
+    monkeypatch.setitem(sample.LOOK_EVERY, "cpu", look_every)
+    prompts, stops = some_prompts(5, 1, 17, 50), [3, 4, 5]
+    temperature, top_k, top_p = sampling
+    out = generate(model, prompts, num_samples=2, max_new_tokens=20, stop_ids=stops, seed=7,
+                   temperature=temperature, top_k=top_k, top_p=top_p)
+    wanted = one_by_one(model, prompts, 2, 20, stops, 7, *sampling)
+    assert [out.tokens[row, :n].tolist() for row, n in enumerate(out.lengths.tolist())] == wanted
+    assert len(set(map(len, wanted))) > 3
+
+
+class Waits(TorchDispatchMode):
+    """Counts operations whose result the host has to wait for where there is a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name = operation.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            torch.is_tensor(x) and x.dtype == torch.bool for x in args[1])
+        of_unknown_size = name in ("nonzero", "masked_select", "_unique2", "_local_scalar_dense", "equal")
+        if by_mask or of_unknown_size or operation is torch.ops.aten.repeat_interleave.Tensor:
+            self.found.append(name)
+        return operation(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("sampling", [(0.0, 0, 1.0), (0.8, 12, 0.9)])
+def test_a_step_never_waits_for_the_device(model, sampling):
+    noise = sample.draw_noise(0, 3, 1, 20)
+    decoder = sample.Decoder(model, 3, 40, [3, 4], keep_routing=True, keep_support=True)
+    with Waits() as waits:
+        torch.ones(2).sum().item()
+        torch.ones(2)[torch.ones(2, dtype=torch.bool)]
+        assert waits.found == ["_local_scalar_dense", "index"]  # they would be seen
+        waits.found.clear()
+        decoder.admit(some_prompts(5, 2, 9), range(3), [25, 22, 29], noise, *sampling)
+        for _ in range(16):
+            decoder.step()
+    assert not waits.found
+    assert sum(len(tokens) for _, tokens, _ in decoder.look()) == (decoder.out.entropy[:, :-1] > 0).sum() > 16
+
+
+def test_rows_join_and_leave_between_two_steps(model):
+    """A server's batch: every row has its own chance, limit and way of being drawn, and is alone."""
+    prompts = some_prompts(5, 2, 9, 4, 7, 3)
+    asked = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 9, 0.9), (1.0, 0, 0.8), (0.7, 9, 0.9), (1.3, 0, 1.0)]
+    wanted = [one_by_one(model, [prompt], 1, 12 + i, [3, 4], [i], *way)[0]
+              for i, (prompt, way) in enumerate(zip(prompts, asked))]
+    decoder, waiting, texts = sample.Decoder(model, 3, 40, [3, 4]), list(range(6)), {}
+    free, running = [0, 1, 2], {}
+    while waiting or running:
+        if waiting and free:
+            i, row = waiting.pop(0), free.pop(0)
+            running[row], texts[i] = i, list(prompts[i])
+            decoder.admit([prompts[i]], [row], [len(prompts[i]) + 12 + i],
+                          sample.draw_noise([i], 1, 1, 12 + i), *asked[i])
+        for row, tokens, has_ended in decoder.look():
+            texts[running[row]] += tokens
+            if has_ended:
+                free.append(row)
+                del running[row]
+        if decoder.batch:
+            decoder.step()
+    assert [texts[i] for i in range(6)] == wanted
 
 
 def test_greedy_with_cache_is_greedy_without(model):
