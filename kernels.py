@@ -180,13 +180,6 @@ def document_mask(is_begin: Tensor, is_packed: bool = False) -> Tensor:
     return F.pad(is_first.flatten().nonzero().flatten(), (0, 1), value=is_first.numel()).int()
 
 
-def packs_documents(ops: "Kernels", device: torch.device, dtype: torch.dtype, heads: tuple[int, int]) -> bool:
-    """Whether documents are kept apart by bounds, not by a mask; `heads` are the widths D+P and Dv."""
-    is_able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    is_fit = dtype == torch.bfloat16 and max(heads) == heads[0] <= 256 and heads[0] % 8 == 0
-    return ops.causal_attention is causal_attention_fused and is_able and is_fit
-
-
 def latent_attention_reference(q_latent, q_pe, latent, mask, scale) -> Tensor:
     """Absorbed latent attention: every head reads the same cached latents (V2 section 2.1.2).
 
@@ -291,15 +284,30 @@ class _ExpertFFN(torch.autograd.Function):
 
 
 def expert_ffn_fused(u, gate_up, down, topk_idx, gates) -> Tensor:
-    """The same as one autograd Function; a single decoded token just asks its experts in turn."""
-    is_grouped = len(u) != 1 or u.dtype != torch.float32 or not u.is_cpu
-    if is_grouped or torch.is_grad_enabled():
+    """The same as one autograd Function; decoded tokens go other ways where these are the shorter.
+
+    One on a CPU asks its experts in turn. A few on a GPU, where the Function would wait, ask all of
+    them, with weight 0 where they were not chosen: their weights are read in any case.
+    """
+    is_few = u.is_cuda and len(u) <= 512 and not groups_on_device(u.device, u.dtype)
+    is_one = u.is_cpu and len(u) == 1 and u.dtype == torch.float32
+    if torch.is_grad_enabled() or not (is_few or is_one):
         return _ExpertFFN.apply(u, gate_up, down, topk_idx, gates)
+    if is_few:
+        weight = gates.new_zeros(len(u), len(gate_up)).scatter_(1, topk_idx, gates).to(u.dtype)  # (N, E)
+        gate, up = (u @ gate_up.to(u.dtype).mT).chunk(2, dim=-1)  # (E, N, F) each
+        hidden = F.silu(gate).mul_(up).mul_(weight.t().unsqueeze(-1))
+        return (hidden @ down.to(u.dtype).mT).sum(0, dtype=at_least_float32(u.dtype)).to(u.dtype)
     y = torch.zeros_like(u[0])  # (C,)
     for expert, weight in zip(topk_idx[0].tolist(), gates[0].tolist()):
         gate, up = torch.mv(gate_up[expert].to(u.dtype), u[0]).chunk(2)  # (F,) each
         y.addmv_(down[expert].to(u.dtype), F.silu(gate).mul_(up), alpha=weight)
     return y.unsqueeze(0)
+
+
+def groups_on_device(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped product is one kernel on this GPU, or a loop for which the host waits."""
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 # ------------------------------------------------------------------------------------ cross-entropy
@@ -369,6 +377,12 @@ class Kernels(NamedTuple):
     expert_ffn: Callable
     linear_cross_entropy: Callable
 
+    def packs_documents(self, device: torch.device, dtype: torch.dtype, D_P: int, Dv: int) -> bool:
+        """Whether attention takes the bounds of documents in place of a mask, heads D+P and Dv wide."""
+        is_able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        is_fit = dtype == torch.bfloat16 and Dv <= D_P <= 256 and D_P % 8 == 0
+        return self.causal_attention is causal_attention_fused and is_able and is_fit
+
 
 REFERENCE = Kernels(
     linear_reference, rms_norm_reference, apply_rope_reference, causal_attention_reference,
@@ -387,7 +401,6 @@ def choose(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = t
     if impl not in ("reference", "fused"):
         raise ValueError(f"impl: got {impl!r}, wanted 'reference' or 'fused'")
     device, chosen, reasons = torch.device(device), FUSED if impl == "fused" else REFERENCE, []
-    major = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
     if chosen is FUSED and dtype not in (torch.float64, torch.float32, torch.bfloat16):
         chosen = REFERENCE
         reasons.append(f"reference twins, since the fused ones are not tested in {dtype}")
@@ -398,7 +411,7 @@ def choose(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = t
             reasons.append("experts by the reference twin: torch's grouped product wants torch 2.10, a "
                            "CPU or CUDA, float32 or bfloat16, widths in multiples of 16 bytes; "
                            f"got {device.type}, {dtype}, {widths}")
-        elif major and not fp8 and (dtype, major) not in ((torch.bfloat16, 9), (torch.bfloat16, 10)):
+        elif device.type == "cuda" and not fp8 and not groups_on_device(device, dtype):
             reasons.append("the host waits in each product of the experts: torch groups them on the "
                            "device in bfloat16 on sm_90 and sm_100 alone")
         if device.type == "cpu" and dtype == torch.float32 and onednn_is_exact():

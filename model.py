@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from data.io import checkpoint
 from data.io.cli import Knobs, UserError, knob, nearest, run_main
 from data.io.portrait import check_memory, parameter_counts, portrait
-from kernels import IGNORE, Kernels, at_least_float32, choose, document_mask, packs_documents
+from kernels import IGNORE, Kernels, at_least_float32, choose, document_mask
 
 
 @dataclass(frozen=True)
@@ -532,7 +532,7 @@ class Transformer(nn.Module):
             module.ops = exact if name.endswith(("lm_head", "eh_proj")) else ops
         self.frequencies = rope_frequencies(self.config, device)
         heads = (self.config.qk_nope_head_dim + self.config.qk_rope_head_dim, self.config.v_head_dim)
-        self.is_packed = packs_documents(ops, device, self.compute_dtype, heads)
+        self.is_packed = ops.packs_documents(device, self.compute_dtype, *heads)
         self.chosen = (impl, fp8)
         return reasons
 
@@ -606,7 +606,7 @@ class Transformer(nn.Module):
 
         True where a query sees a key, None where causality is all there is to it. Of a cache, in
         which this begins a pass, a query sees what lies up to its own position; with `isolate` its
-        own document only, keys from the latest begin token on.
+        own document only, keys from the latest begin token on (in bf16 on a GPU: its bounds).
         """
         T, mask = tokens.shape[1], None
         positions = torch.arange(T, device=tokens.device).unsqueeze(0)  # (1, T)

@@ -47,7 +47,30 @@ def note(what: str) -> None:
     frame = sys._getframe(1)
     while frame and not (frame.f_code.co_filename.startswith(ROOT) and frame.f_code.co_filename != __file__):
         frame = frame.f_back
+    if Graph.open is not None:
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing: {what}")
     log.append(Wait(what, f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "?"))
+
+
+class Graph:
+    """torch.cuda.CUDAGraph: what was done inside torch.cuda.graph(...) is done again, on the same memory (here the capture
+    itself has run, too)."""
+
+    open: list | None = None  # of the graph that is being captured
+
+    @contextmanager
+    def capture(self, *_, **__):
+        self.done = Graph.open = []
+        try:
+            yield
+        finally:
+            Graph.open = None
+
+    def replay(self) -> None:
+        for function, args, kwargs, out in self.done:
+            for old, new in zip(tensors(out), tensors(function(*args, **kwargs))):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
 
 
 class Pretended(torch.Tensor):
@@ -83,7 +106,10 @@ class Pretended(torch.Tensor):
         check_devices(op, args, kwargs)
         note_waits(op, args, kwargs)
         function = STAND_INS.get(op.overloadpacket, op)
-        out = function(*unwrapped(args), **{name: unwrapped(x) for name, x in kwargs.items()})
+        args_held, kwargs_held = unwrapped(args), {name: unwrapped(x) for name, x in kwargs.items()}
+        out = function(*args_held, **kwargs_held)
+        if Graph.open is not None:
+            Graph.open.append((function, args_held, kwargs_held, out))
         is_in_place = bool(op._schema.arguments) and op._schema.arguments[0].is_write
         return args[0] if is_in_place and not isinstance(args[0], (list, tuple)) else wrapped(out)
 
@@ -178,7 +204,12 @@ def scaled_mm(a, b, a_scales, a_kind, a_swizzle, b_scales, b_kind, b_swizzle, bi
     return ((a.float() * left) @ (b.t().float() * right).t()).to(dtype)
 
 
-STAND_INS = {aten._conj: torch.conj_physical}  # for the lazy form is a mark on the tensor, which a wrapper has not
+def histc(x, *args, **kwargs):
+    return torch.histc(x.float(), *args, **kwargs).to(x.dtype)  # CUDA's knows integers
+
+
+STAND_INS = {aten._conj: torch.conj_physical,  # for the lazy form is a mark on the tensor, which a wrapper has not
+             aten.histc: histc}
 if hasattr(aten, "_scaled_mm_v2"):
     STAND_INS[aten._scaled_mm_v2] = scaled_mm
 
@@ -211,12 +242,12 @@ def packed_attention(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale=None):
 attended: list[tuple[int, int, int]] = []  # of each F.scaled_dot_product_attention: widths of q and v, torch's choice
 
 
-def attention(q, k, v, mask=None, is_causal=False, scale=None):
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
     """F.scaled_dot_product_attention, whose kernel for CPUs wants heads of one width, and no mask for causality."""
-    attended.append((q.shape[-1], v.shape[-1], sdpa_choice(q, k, v, mask)))
+    attended.append((q.shape[-1], v.shape[-1], sdpa_choice(q, k, v, attn_mask)))
     if is_causal and q.shape[-1] != v.shape[-1]:
-        mask = Pretended(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril())
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal and mask is None, scale=scale)
+        attn_mask, is_causal = Pretended(torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()), False
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, dropout_p, is_causal, **options)
 
 
 def varlen_of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
@@ -324,6 +355,8 @@ def gpu(capability: tuple[int, int] = (9, 0), varlen_attn: Callable | None = var
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion,
                        torch.__future__.get_overwrite_module_params_on_conversion())
         torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.enter_context(patch.object(torch.cuda, "CUDAGraph", Graph))
+        stack.enter_context(patch.object(torch.cuda, "graph", Graph.capture))
         stack.enter_context(patch.object(torch.autograd, "_engine_run_backward", backward))
         stack.enter_context(Pretending())
         yield log

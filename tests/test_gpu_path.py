@@ -17,6 +17,7 @@ from model import Config, Transformer
 from sample import generate
 from tests import pretend
 from tests.pretend import gpu, unwrapped, varlen_of_2_10, varlen_of_2_11, waits_of
+from tests.test_kernels import expert_inputs
 from tests.test_rl_loop import SHORT
 from train import Dist, evaluate, make_optimizer, train_step
 
@@ -117,6 +118,38 @@ def test_what_does_not_wait_is_not_noted(name):
         assert waits_of(NO_WAITS[name], torch.tensor([0.0, 1.0, 3.0]).to("cuda")) == []
 
 
+def test_a_graph_does_again_what_was_captured_and_may_not_wait():
+    with gpu():
+        x = torch.ones(3, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = (x * 2).view(1, 3)
+        x.fill_(5.0)
+        graph.replay()
+        assert y.tolist() == [[10, 10, 10]]
+        with pytest.raises(RuntimeError, match="stream is capturing"), torch.cuda.graph(graph):
+            x.sum().item()
+        assert x.sum().item() == 15
+
+
+@pytest.mark.parametrize("capability, dtype", [((9, 0), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_a_decoded_token_can_be_captured(capability, dtype):
+    """The model's part of it: what it reads and writes stays where it is."""
+    from tests.bench.decode import our_step
+
+    text = batch()[0][:, :9]
+    with gpu(capability), torch.no_grad():
+        model = on_gpu(small_model(), compute_dtype=dtype).eval()
+        text = text.to("cuda")
+        step = our_step(model, text)
+        wanted, graph = step(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        logits.zero_()
+        graph.replay()
+        assert torch.equal(unwrapped(logits), unwrapped(wanted))
+
+
 # ------------------------------------------------------------------------------ forward and backward
 
 
@@ -168,6 +201,18 @@ def test_experts_wait_where_torch_groups_them_in_a_loop(capability, dtype, waits
         assert len(waits_of(lambda: losses_and_gradients(there, tokens, targets))) == waits * MOE_LAYERS
         said = "; ".join(there.use_kernels("fused"))
     assert ("the host waits in each product of the experts" in said) == (waits > 0)
+
+
+@pytest.mark.parametrize("N", [1, 40, 512])
+@pytest.mark.parametrize("capability, dtype", [((9, 0), torch.float32), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)])
+def test_experts_of_decoded_tokens_wait_nowhere(N, capability, dtype):
+    inputs = expert_inputs(N, C=32, F=16, E=8, K=3)
+    inputs = [x.to(dtype) if i < 3 else x for i, x in enumerate(inputs)]
+    wanted = REFERENCE.expert_ffn(*(x.double() if x.is_floating_point() else x for x in inputs))
+    with gpu(capability), torch.no_grad():
+        inputs = [x.to("cuda") for x in inputs]
+        assert waits_of(lambda: FUSED.expert_ffn(*inputs)) == []
+        assert off(FUSED.expert_ffn(*inputs).double(), wanted) < (1e-2 if dtype == torch.bfloat16 else 1e-6)
 
 
 def test_a_copy_of_a_weight_is_not_kept_for_the_backward():
@@ -376,10 +421,11 @@ def test_generated_tokens_are_those_of_the_cpu(temperature):
 
 
 @pytest.mark.xfail(strict=True, reason="the loop still reads words of every token")
-def test_decoding_waits_once_in_sixteen_tokens():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_waits_once_in_sixteen_tokens(dtype):
     """What a prompt costs is not counted: the waits of 40 tokens are compared with those of 8."""
     with gpu():
-        model = on_gpu(small_model(), compute_dtype=torch.bfloat16)
+        model = on_gpu(small_model(), compute_dtype=dtype)
         counts = [len(waits_of(generate, model, PROMPTS, max_new_tokens=n, seed=1, keep_routing=True, num_samples=2))
                   for n in (8, 40)]
     assert counts[1] - counts[0] <= 32 / 16, counts
@@ -422,3 +468,22 @@ def test_a_whole_training_run_is_that_of_the_cpu(workplace, tmp_path, monkeypatc
     for row, right in zip(rows["cuda"], rows["cpu"], strict=True):
         for name in ("ce", "mtp", "grad_norm"):
             assert row[name] == right[name] == "" or float(row[name]) == pytest.approx(float(right[name]), rel=1e-4)
+
+
+def test_the_script_for_a_gpu_runs_in_miniature(exit_code, capsys):
+    """Its parts but "small", which is "medium"'s code, with transformers beside it; and none without a GPU."""
+    from tests.bench import gpu as bench
+
+    parts = [part for part in bench.PARTS if part != "small"]
+    assert exit_code(bench.main, "--pretend", "--only", *parts) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(("ok", "FAIL"))]
+    assert len(lines) > 45 and not [line for line in lines if line.startswith("FAIL")]
+    for row in ("expert_ffn, bf16", "fp8 units and emulation apart", "as a graph", "medium, transformers", "rl.py", "the largest"):
+        assert [line for line in lines if row in line], row
+
+
+def test_the_script_for_a_gpu_says_where_there_is_none(refuses, monkeypatch):
+    from tests.bench import gpu as bench
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refuses(bench.main, "no NVIDIA GPU here")
