@@ -14,7 +14,7 @@ machine forced.
     expert_ffn            sum_k gate_k FFN_k(u)                      sorted tokens, one grouped product
     linear_cross_entropy  -log softmax(h W^T)[target]                logits in one block at a time
 
-One more set has other numbers, the products of training in FP8: `linear_fp8` and `expert_ffn_fp8`.
+One more set has other numbers, the products of training in FP8: `linear_fp8`, also in the experts.
 Shapes use the legend of model.py. A mask is True where a query may see the key.
 
     python -m tests.bench.kernels [tiny | small | medium] [fp32 | bf16]     both twins, measured here
@@ -22,13 +22,16 @@ Shapes use the legend of model.py. A mask is True where a query may see the key.
 
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
+from inspect import signature
 from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 IGNORE = -100  # a target with this value has no loss, as in F.cross_entropy
+CUDNN = SDPBackend.CUDNN_ATTENTION.value
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
@@ -81,33 +84,34 @@ def apply_rope_fused(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 
 def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`y = x W^T + b`. x (..., I); weight (O, I); bias (O,). Returns (..., O)."""
-    return F.linear(x, weight, bias)
+    """`y = x W^T + b`, in x's dtype. x (..., I); weight (O, I); bias (O,). Returns (..., O)."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 class _Linear(torch.autograd.Function):
-    """As autograd would do it, but by the library that `by_onednn` takes."""
+    """By the library that `by_onednn` takes; a cast weight is not kept for the backward, but made again."""
 
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight)
         with by_onednn(x):
-            return F.linear(x, weight)
+            return F.linear(x, weight.to(x.dtype))
 
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         with by_onednn(grad):
-            return grad @ weight, grad.flatten(0, -2).t() @ x.flatten(0, -2)
+            grad_weight = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+            return grad @ weight.to(grad.dtype), grad_weight.to(weight.dtype)
 
 
 def linear_fused(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same by the faster of two libraries."""
     if not torch.is_grad_enabled():  # spares a decoded token the Function
         with by_onednn(x):
-            return F.linear(x, weight, bias)
+            return linear_reference(x, weight, bias)
     y = _Linear.apply(x, weight)
-    return y if bias is None else y + bias
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 # ---------------------------------------------------------------------------------------- attention
@@ -133,17 +137,47 @@ def causal_attention_reference(q_nope, q_pe, k_nope, k_pe, v, scale, mask=None) 
 def causal_attention_fused(q_nope, q_pe, k_nope, k_pe, v, scale, mask=None) -> Tensor:
     """The same by torch's flash kernels, which want heads of one width: narrow values get zeros.
 
-    On a CPU in float32 also for bfloat16 inputs, which takes half the time there.
+    On a CPU in float32 also for bfloat16 inputs, which takes half the time there. On a GPU values
+    stay narrow in float32, which has no flash kernel, and where torch would choose cuDNN's, which
+    takes V3's 192 and 128. `mask` may also be the bounds of a packed `document_mask`.
     """
-    H, Dv = v.shape[2:]
+    T, H, Dv = v.shape[1:]
     q = torch.cat((q_nope, q_pe), -1)  # (B, T, H, D+P)
     k = torch.cat((k_nope, k_pe.unsqueeze(2).expand(-1, -1, H, -1)), -1)  # (B, T, H, D+P)
     padded = F.pad(v, (0, max(0, q.shape[-1] - Dv)))  # (B, T, H, D+P)
+    if mask is not None and mask.ndim == 1:
+        return packed_attention(q, k, padded, scale, mask)[..., :Dv]
     wide = at_least_float32(v.dtype) if v.is_cpu else v.dtype
-    q, k, padded = (x.to(wide).transpose(1, 2) for x in (q, k, padded))
+    q, k, v, padded = (x.to(wide).transpose(1, 2) for x in (q, k, v, padded))
+    if v.is_cuda and (wide == torch.float32 or torch._fused_sdp_choice(q, k, v, is_causal=True) == CUDNN):
+        padded = v
     seen = None if mask is None else mask.unsqueeze(1)  # (B, 1, T, T)
     out = F.scaled_dot_product_attention(q, k, padded, seen, is_causal=seen is None, scale=scale)
-    return out[..., :Dv].transpose(1, 2).to(v.dtype)  # (B, T, H, Dv)
+    return out[..., :Dv].transpose(1, 2).to(q_nope.dtype)  # (B, T, H, Dv)
+
+
+def packed_attention(q, k, v, scale: float, bounds: Tensor) -> Tensor:
+    """Causal within the documents that lie between bounds, by torch's varlen_attn: (B, T, H, D+P)."""
+    from torch.nn.attention.varlen import varlen_attn  # here, as it loads Triton where there is one
+
+    T, width = q.shape[1], q.shape[-1]
+    is_old = "is_causal" in signature(varlen_attn).parameters  # torch 2.10, which knows no scale
+    rows = (x.flatten(0, 1) for x in (q * (scale * width**0.5), k, v))  # (N, H, D+P) each
+    causal = {"is_causal": True} if is_old else {"window_size": (-1, 0)}
+    return varlen_attn(*rows, bounds, bounds, T, T, **causal).unflatten(0, (-1, T))
+
+
+def document_mask(is_begin: Tensor, is_packed: bool = False) -> Tensor:
+    """Causal and within one document, which begins where is_begin (B, T) says: (B, T, T) bool.
+
+    Packed, for `packed_attention`: the first token of each document in the rows laid end to end,
+    and B*T: (documents + 1,) int32. Their number is data, for which the host of a GPU waits.
+    """
+    if not is_packed:
+        number = is_begin.cumsum(1)  # (B, T), of the document in its row
+        return (number.unsqueeze(2) == number.unsqueeze(1)).tril()
+    is_first = F.pad(is_begin[:, 1:], (1, 0), value=True)  # (B, T), of a document or of its part in a row
+    return F.pad(is_first.flatten().nonzero().flatten(), (0, 1), value=is_first.numel()).int()
 
 
 def latent_attention_reference(q_latent, q_pe, latent, mask, scale) -> Tensor:
@@ -177,7 +211,7 @@ def latent_attention_fused(q_latent, q_pe, latent, mask, scale) -> Tensor:
 # ------------------------------------------------------------------------------------------ experts
 
 
-def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=F.linear) -> Tensor:
+def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=linear_reference) -> Tensor:
     """The routed half of a MoE layer (V3 eq 12): `y_n = sum_k gates_nk * FFN_{topk_idx_nk}(u_n)`.
 
     `FFN(u) = W_down (silu(W_gate u) * W_up u)`; no token is dropped. u (N, C); gate_up (E, 2F, C),
@@ -186,8 +220,8 @@ def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=F.linear) -> 
     y = torch.zeros_like(u, dtype=at_least_float32(u.dtype))  # (N, C)
     for expert in range(gate_up.shape[0]):
         rows, slots = torch.where(topk_idx == expert)  # the (token, slot) pairs of this expert
-        gate, up = linear(u[rows], gate_up[expert].to(u.dtype)).chunk(2, dim=-1)  # (n, F) each
-        out = linear(F.silu(gate) * up, down[expert].to(u.dtype))  # (n, C)
+        gate, up = linear(u[rows], gate_up[expert]).chunk(2, dim=-1)  # (n, F) each
+        out = linear(F.silu(gate) * up, down[expert])  # (n, C)
         y = y.index_add(0, rows, out.to(y.dtype) * gates[rows, slots, None].to(y.dtype))
     return y.to(u.dtype)
 
@@ -250,15 +284,30 @@ class _ExpertFFN(torch.autograd.Function):
 
 
 def expert_ffn_fused(u, gate_up, down, topk_idx, gates) -> Tensor:
-    """The same as one autograd Function; a single decoded token just asks its experts in turn."""
-    is_grouped = len(u) != 1 or u.dtype != torch.float32 or not u.is_cpu
-    if is_grouped or torch.is_grad_enabled():
+    """The same as one autograd Function; decoded tokens go other ways where these are the shorter.
+
+    One on a CPU asks its experts in turn. A few on a GPU, where the Function would wait, ask all of
+    them, with weight 0 where they were not chosen: their weights are read in any case.
+    """
+    is_few = u.is_cuda and len(u) <= 512 and not groups_on_device(u.device, u.dtype)
+    is_one = u.is_cpu and len(u) == 1 and u.dtype == torch.float32
+    if torch.is_grad_enabled() or not (is_few or is_one):
         return _ExpertFFN.apply(u, gate_up, down, topk_idx, gates)
+    if is_few:
+        weight = gates.new_zeros(len(u), len(gate_up)).scatter_(1, topk_idx, gates).to(u.dtype)  # (N, E)
+        gate, up = (u @ gate_up.to(u.dtype).mT).chunk(2, dim=-1)  # (E, N, F) each
+        hidden = F.silu(gate).mul_(up).mul_(weight.t().unsqueeze(-1))
+        return (hidden @ down.to(u.dtype).mT).sum(0, dtype=at_least_float32(u.dtype)).to(u.dtype)
     y = torch.zeros_like(u[0])  # (C,)
     for expert, weight in zip(topk_idx[0].tolist(), gates[0].tolist()):
         gate, up = torch.mv(gate_up[expert].to(u.dtype), u[0]).chunk(2)  # (F,) each
         y.addmv_(down[expert].to(u.dtype), F.silu(gate).mul_(up), alpha=weight)
     return y.unsqueeze(0)
+
+
+def groups_on_device(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped product is one kernel on this GPU, or a loop for which the host waits."""
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 # ------------------------------------------------------------------------------------ cross-entropy
@@ -269,7 +318,7 @@ def linear_cross_entropy_reference(h: Tensor, weight: Tensor, targets: Tensor) -
 
     h (N, C); weight (V, C); targets (N,). Returns (N,) in float32 (float64 for float64 inputs).
     """
-    logits = F.linear(h, weight).to(at_least_float32(h.dtype))  # (N, V)
+    logits = linear_reference(h, weight).to(at_least_float32(h.dtype))  # (N, V)
     return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
 
 
@@ -285,15 +334,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, targets):
         nll = torch.empty(len(h), dtype=at_least_float32(h.dtype), device=h.device)
+        ctx.save_for_backward(h, weight, targets)
+        weight = weight.to(h.dtype)
         for rows in _LinearCrossEntropy.blocks(h, weight):
             with by_onednn(h[rows]):
                 nll[rows] = linear_cross_entropy_reference(h[rows], weight, targets[rows])
-        ctx.save_for_backward(h, weight, targets)
         return nll
 
     @staticmethod
     def backward(ctx, grad_nll):
-        h, weight, targets = ctx.saved_tensors
+        h, master, targets = ctx.saved_tensors
+        weight = master.to(h.dtype)
         factor = grad_nll.masked_fill(targets == IGNORE, 0).unsqueeze(1).to(h.dtype)  # (N, 1)
         grad_h, grad_weight = torch.empty_like(h), torch.zeros_like(weight, dtype=grad_nll.dtype)
         for rows in _LinearCrossEntropy.blocks(h, weight):
@@ -304,7 +355,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_logits = d_logits.to(h.dtype)
                 grad_h[rows] = d_logits @ weight
                 grad_weight += d_logits.t() @ (h[rows] * factor[rows])
-        return grad_h.mul_(factor), grad_weight.to(weight.dtype), None
+        return grad_h.mul_(factor), grad_weight.to(master.dtype), None
 
 
 def linear_cross_entropy_fused(h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -326,25 +377,19 @@ class Kernels(NamedTuple):
     expert_ffn: Callable
     linear_cross_entropy: Callable
 
+    def packs_documents(self, device: torch.device, dtype: torch.dtype, D_P: int, Dv: int) -> bool:
+        """Whether attention takes the bounds of documents in place of a mask, heads D+P and Dv wide."""
+        is_able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        is_fit = dtype == torch.bfloat16 and Dv <= D_P <= 256 and D_P % 8 == 0
+        return self.causal_attention is causal_attention_fused and is_able and is_fit
+
 
 REFERENCE = Kernels(
-    linear=linear_reference,
-    rms_norm=rms_norm_reference,
-    apply_rope=apply_rope_reference,
-    causal_attention=causal_attention_reference,
-    latent_attention=latent_attention_reference,
-    expert_ffn=expert_ffn_reference,
-    linear_cross_entropy=linear_cross_entropy_reference,
-)
+    linear_reference, rms_norm_reference, apply_rope_reference, causal_attention_reference,
+    latent_attention_reference, expert_ffn_reference, linear_cross_entropy_reference)
 FUSED = Kernels(
-    linear=linear_fused,
-    rms_norm=rms_norm_fused,
-    apply_rope=apply_rope_fused,
-    causal_attention=causal_attention_fused,
-    latent_attention=latent_attention_fused,
-    expert_ffn=expert_ffn_fused,
-    linear_cross_entropy=linear_cross_entropy_fused,
-)
+    linear_fused, rms_norm_fused, apply_rope_fused, causal_attention_fused, latent_attention_fused,
+    expert_ffn_fused, linear_cross_entropy_fused)
 
 
 def choose(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *,
@@ -366,13 +411,16 @@ def choose(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = t
             reasons.append("experts by the reference twin: torch's grouped product wants torch 2.10, a "
                            "CPU or CUDA, float32 or bfloat16, widths in multiples of 16 bytes; "
                            f"got {device.type}, {dtype}, {widths}")
+        elif device.type == "cuda" and not fp8 and not groups_on_device(device, dtype):
+            reasons.append("the host waits in each product of the experts: torch groups them on the "
+                           "device in bfloat16 on sm_90 and sm_100 alone")
         if device.type == "cpu" and dtype == torch.float32 and onednn_is_exact():
             reasons.append("float32 products by oneDNN, as exact as MKL's")
     if fp8:
         units, reason = try_fp8_units(device)
-        chosen = chosen._replace(linear=partial(linear_fp8, units=units),
-                                 expert_ffn=partial(expert_ffn_fp8, units=units))
-        reasons.append(reason)
+        linear = partial(linear_fp8, units=units)
+        chosen = chosen._replace(linear=linear, expert_ffn=partial(expert_ffn_reference, linear=linear))
+        reasons.append(f"{reason}; experts in turn, and for each a GPU's host waits")
     return chosen, tuple(reasons)
 
 
@@ -410,10 +458,10 @@ def fp8_product(a, b, b_rows: int, dtype: torch.dtype, units: bool = False) -> T
 
     With `units` by the FP8 units of a Hopper GPU, else emulated: products of the same codes.
     """
-    if units and a[0].shape[1] % TILE == 0 and len(b[0]) % TILE == 0:
+    if units and len(a[0]) > 1 and a[0].shape[1] % TILE == 0 and len(b[0]) % TILE == 0:
         kinds = {1: F.ScalingType.BlockWise1x128, TILE: F.ScalingType.BlockWise128x128}
         by_column = [scales.t().contiguous().t() for scales in (a[1], b[1])]  # for tiles
-        by_block = F.pad(b[1], (0, -b[1].shape[1] % 4)).t()  # (K/128 rounded up to 4, N/128)
+        by_block = F.pad(b[1], (0, -b[1].shape[1] % 4)).contiguous().t()  # (K/128 rounded up to 4, N/128)
         b_scales = by_column[1] if b_rows == 1 else by_block
         return F.scaled_mm(a[0].contiguous(), b[0].contiguous().t(), by_column[0], kinds[1],
                            b_scales, kinds[b_rows], output_dtype=torch.bfloat16).to(dtype)
@@ -470,11 +518,6 @@ def linear_fp8(x: Tensor, weight: Tensor, bias: Tensor | None = None, units: boo
     return y if bias is None else y + bias
 
 
-def expert_ffn_fp8(u, gate_up, down, topk_idx, gates, units: bool = False) -> Tensor:
-    """`expert_ffn` with its products in FP8."""
-    return expert_ffn_reference(u, gate_up, down, topk_idx, gates, partial(linear_fp8, units=units))
-
-
 # ------------------------------------------------------------------------- which library multiplies
 
 
@@ -514,7 +557,3 @@ def by_onednn(x: Tensor, least: int = 64):
     if not is_fit or torch.get_float32_matmul_precision() != "highest" or not onednn_is_exact():
         return nullcontext()
     return precision("medium")
-
-
-if __name__ == "__main__":
-    print("python -m tests.bench.kernels [tiny | small | medium] [fp32 | bf16]")

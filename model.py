@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from data.io import checkpoint
 from data.io.cli import Knobs, UserError, knob, nearest, parse_flags, run_main
 from data.io.portrait import PortraitConfig, check_memory, parameter_counts, portrait, shared_out
-from kernels import IGNORE, Kernels, at_least_float32, choose
+from kernels import IGNORE, Kernels, at_least_float32, choose, document_mask
 
 
 @dataclass(frozen=True)
@@ -118,8 +118,7 @@ class Linear(nn.Linear):
     """A product in the dtype of its input: the weight stays float32, activations may be bf16."""
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return self.ops.linear(x, self.weight.to(x.dtype), bias)
+        return self.ops.linear(x, self.weight, self.bias)
 
     def reset_parameters(self):
         """Nothing: `Transformer.init_weights` fills every weight."""
@@ -545,6 +544,8 @@ class Transformer(nn.Module):
         for name, module in self.named_modules():
             module.ops = exact if name.endswith(("lm_head", "eh_proj")) else ops
         self.frequencies = rope_frequencies(self.config, device)
+        heads = (self.config.qk_nope_head_dim + self.config.qk_rope_head_dim, self.config.v_head_dim)
+        self.is_packed = ops.packs_documents(device, self.compute_dtype, *heads)
         self.chosen = (impl, fp8)
         return reasons
 
@@ -618,10 +619,9 @@ class Transformer(nn.Module):
 
         True where a query sees a key, None where causality is all there is to it. Of a cache, in
         which this begins a pass, a query sees what lies up to its own position; with `isolate` its
-        own document only, keys from the latest begin token on.
+        own document only, keys from the latest begin token on (in bf16 on a GPU: its bounds).
         """
-        T = tokens.shape[1]
-        mask = None
+        T, mask = tokens.shape[1], None
         positions = torch.arange(T, device=tokens.device).unsqueeze(0)  # (1, T)
         if cache is not None:
             positions = cache.begin(T)  # (B, T)
@@ -629,9 +629,7 @@ class Transformer(nn.Module):
                 keys = torch.arange(cache.shown, device=tokens.device)  # (S,)
                 mask = keys <= positions.unsqueeze(-1)
         elif self.isolate:
-            is_begin = tokens == self.config.bos_token_id  # (B, T)
-            begin = positions.expand_as(tokens).where(is_begin, 0).cummax(1).values  # (B, T)
-            mask = (positions <= positions.mT) & (positions.unsqueeze(1) >= begin.unsqueeze(-1))
+            mask = document_mask(tokens == self.config.bos_token_id, self.is_packed)
         return rotations(self.config, self.frequencies, positions), mask
 
     def _run(self, block: Block, *inputs):
@@ -660,8 +658,8 @@ class Transformer(nn.Module):
 
     def _nll(self, h: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of each target in nats, (B, T); 0 where there is none."""
-        weight = self.lm_head.weight.to(h.dtype)
-        return self.ops.linear_cross_entropy(h.flatten(0, 1), weight, targets.flatten()).view_as(targets)
+        nll = self.ops.linear_cross_entropy(h.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return nll.view_as(targets)
 
     def published(self) -> dict[str, Tensor]:
         """Hugging Face's tensor names -> views; who writes into a view writes into the model."""
