@@ -663,20 +663,21 @@ class Transformer(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_pretrained(cls, directory: str | Path, impl: str = "fused", device="cpu",
-                        dtype=torch.float32) -> "Transformer":
+                        dtype: torch.dtype | None = torch.float32, mtp: bool = True) -> "Transformer":
         """The model of a Hugging Face directory, ours or another's, filled tensor by tensor.
 
-        Without MTP weights it is a model without MTP, and a line says so. Raises UserError naming
-        missing and unexpected tensors and wrong shapes.
+        dtype None is that of the file. Not `mtp`, or without its weights, it is a model without MTP.
+        Raises UserError naming missing and unexpected tensors and wrong shapes.
         """
-        config, weights = checkpoint.open_checkpoint(directory, Config)
+        config, weights, block = checkpoint.open_checkpoint(directory, Config, mtp)
+        dtype = dtype or checkpoint.file_dtype(weights)
         check_memory(asdict(config), dtype.itemsize)
-        model = cls(config, impl, init=False)
+        with torch.device("meta"):
+            model = cls(config, impl, init=False).to(dtype)
         model.compute_dtype = dtype
-        model.to(device=device, dtype=dtype)
         for _, moe in model.moe_layers():
             moe.gate.float()  # the router and its bias stay float32
-        checkpoint.copy_weights(directory, weights, model.published())
+        checkpoint.copy_weights(directory, weights, model.to_empty(device=device).published(), block)
         return model
 
 
@@ -708,11 +709,11 @@ def flops_per_token(config: Config, T: int) -> float:
 def main(argv: list[str]) -> None:
     """Print the self-portrait of a preset or of a checkpoint directory."""
     name = " ".join(argv) or "tiny"
-    config = checkpoint.load_config(name, Config) if Path(name).is_dir() else Config.preset(name)
+    config, stored = checkpoint.find_config(name, Config)
     with torch.device("meta"):
         model = Transformer(config, init=False)
     flops = flops_per_token(config, min(4096, config.max_position_embeddings))
-    print(portrait(name, asdict(config), model.state_dict(), flops))
+    print(portrait(name, asdict(config), model.state_dict(), flops, stored))
 
 
 if __name__ == "__main__":

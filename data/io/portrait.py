@@ -36,10 +36,11 @@ def cache_numbers(config: dict) -> dict[str, int]:
             f"GQA, {groups} groups": 2 * groups * D * L, "MHA": 2 * H * D * L}
 
 
-def portrait(name: str, config: dict, state: dict[str, Tensor], flops: float) -> str:
+def portrait(name: str, config: dict, state: dict[str, Tensor], flops: float, stored: str = "") -> str:
     """The printed self-portrait: tensors with shapes, parameters, FLOPs, cache, memory.
 
     flops: per token, in a text of 4096 tokens or of the whole context where that is shorter.
+    stored: of a checkpoint, how its weights are quantised.
     """
     counts = parameter_counts(state, config)
     L, T = config["num_hidden_layers"], min(4096, config["max_position_embeddings"])
@@ -62,6 +63,7 @@ def portrait(name: str, config: dict, state: dict[str, Tensor], flops: float) ->
         lines.append(f"cache per token       {2 * numbers:,} bytes in bf16 with {kind}")
     lines.append(f"memory to train       {si(16 * counts['total'])}B  (float32 weight, gradient, "
                  "two AdamW moments; activations come on top)")
+    lines += [f"quantisation          {stored}"] * bool(stored)
     return "\n".join(lines)
 
 

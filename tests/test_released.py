@@ -1,0 +1,203 @@
+"""Checkpoints as others published them: they load to the bit, run, and say what is wrong with them."""
+
+import json
+
+import layouts
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import model as ours
+from data.io import checkpoint
+from data.io.tensors import FP8, expand_e4m3
+from model import Transformer
+from tests.conftest import refused
+
+LAYOUTS = [("v3", True), ("v3", False), ("v2-lite", False), ("moonlight", False), ("k2", False), ("k2", True)]
+
+
+@pytest.mark.parametrize("kind, fp8", LAYOUTS)
+def test_a_published_layout_loads_to_the_bit(kind, fp8, tmp_path, capsys):
+    wanted = layouts.write(tmp_path, kind, fp8)
+    got = Transformer.from_pretrained(tmp_path)
+    for name, tensor in wanted.state_dict().items():
+        assert torch.equal(got.state_dict()[name], tensor), name
+    said = capsys.readouterr().err
+    assert ("passed over 3 of RoPE's frequencies" in said) == (kind == "moonlight") and said.count("\n") <= 1
+    narrow = Transformer.from_pretrained(tmp_path, dtype=None, mtp=False)
+    assert narrow.compute_dtype == narrow.lm_head.weight.dtype == torch.bfloat16
+    for name, tensor in narrow.state_dict().items():
+        is_router = ".mlp.gate." in name
+        assert tensor.dtype == (torch.float32 if is_router else torch.bfloat16)
+        assert torch.equal(tensor, wanted.state_dict()[name].to(tensor.dtype)), name
+    assert not any(name.startswith("model.layers.3.") for name in narrow.state_dict())
+
+
+@pytest.mark.parametrize("kind, fp8", LAYOUTS)
+def test_logits_are_those_of_transformers(kind, fp8, tmp_path):
+    """Theirs are of the dequantised weights, saved anew under the same names."""
+    transformers = pytest.importorskip("transformers")
+    wanted = layouts.write(tmp_path / "published", kind, fp8)
+    values = layouts.published_config(wanted, fp8=False)
+    wanted.save_pretrained(tmp_path / "plain")
+    if kind == "k2":  # a model type of vLLM's, which transformers has not
+        values["model_type"] = "deepseek_v3"
+        (tmp_path / "plain" / "config.json").write_text(json.dumps(values))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32).eval()
+    got = Transformer.from_pretrained(tmp_path / "published").eval()
+    tokens = torch.randint(got.config.vocab_size, (2, 40))
+    with torch.no_grad():
+        error = (got(tokens) - theirs(tokens).logits).abs().max()
+    assert error < 5e-5, error
+
+
+FAMILY = {  # model type -> its classes' names and what else its tiny model needs
+    "deepseek_v32": ("DeepseekV32", dict(n_group=4, topk_group=2, first_k_dense_replace=1, index_topk=32,
+                                         index_n_heads=2, index_head_dim=32)),
+    "glm_moe_dsa": ("GlmMoeDsa", dict(first_k_dense_replace=1, index_topk=32, index_n_heads=2, index_head_dim=32)),
+    "glm4_moe_lite": ("Glm4MoeLite", dict()),
+}
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_others_of_the_family_are_loaded_from_what_transformers_saves(kind, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    name, more = FAMILY[kind]
+    sizes = {key: value for key, value in layouts.SMALL.items() if key != "first_k_dense_replace"}
+    config = getattr(transformers, name + "Config")(
+        **sizes | dict(q_lora_rank=96, num_key_value_heads=4, max_position_embeddings=64) | more)
+    theirs = getattr(transformers, name + "ForCausalLM")(config).eval()
+    for name, tensor in theirs.state_dict().items():
+        if name.endswith("e_score_correction_bias"):
+            tensor.normal_(0, 0.1)
+        elif tensor.ndim > 1:
+            tensor.normal_(0, 0.08)
+    theirs.save_pretrained(tmp_path)
+    got = Transformer.from_pretrained(tmp_path).eval()
+    tokens = torch.randint(512, (2, 32))
+    with torch.no_grad():
+        error = (got(tokens) - theirs(tokens).logits).abs().max()
+    assert error < 5e-5, error
+    is_sparse = "index_topk" in more
+    assert got.config.max_position_embeddings == (32 if is_sparse else 64)
+    assert ("texts end at 32 tokens" in capsys.readouterr().err) == is_sparse
+
+
+@pytest.mark.parametrize("type_, words", [("qwen2", "R1-Distill-Qwen models are Qwen2.5"), ("kimi_k25", "also see"),
+                                          ("llama", "R1-Distill-Llama"), ("deepseek_v4", "another attention")])
+def test_what_is_of_another_architecture_says_which(type_, words, tmp_path, refuses):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": type_, "hidden_size": 8}))
+    refuses(ours.main, words, tmp_path)
+
+
+def test_config_json_is_shown_whatever_its_quantisation(tmp_path, exit_code, capsys):
+    layouts.write(tmp_path, "v3", fp8=True)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    int4 = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+    for given, words in ((values["quantization_config"], "FP8 (E4M3), a scale for each 128 x 128\n"),
+                         (int4, "compressed-tensors, 4 bits, weight_block_size None (not read)\n"),
+                         (None, "none\n")):
+        path.write_text(json.dumps(values | {"quantization_config": given}))
+        assert exit_code(ours.main, tmp_path) == 0
+        assert f"quantisation          {words}" in capsys.readouterr().out
+    path.write_text(json.dumps(values | {"quantization_config": int4}))
+    with refused("its weights are quantised (compressed-tensors, 4 bits"):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_expanded_codes_are_torchs_own():
+    codes = torch.arange(256, dtype=torch.uint8)
+    codes = codes[(codes & 0x7F) != 0x7F].view(FP8)  # but for the two NaN
+    assert torch.equal(expand_e4m3(codes).float() * 2.0**120, codes.float())
+
+
+WEIGHT = "model.layers.1.mlp.experts.5.down_proj.weight"
+
+
+def changed(directory, change) -> None:
+    """Write the shards anew after `change(tensors)`."""
+    tensors = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        tensors |= load_file(path)
+        path.unlink()
+    change(tensors)
+    layouts.write_shards(directory, tensors, 3)
+
+
+def nan_code(tensors):
+    tensors[WEIGHT].view(torch.uint8)[3, 5] = 0x7F
+
+
+def set_scale(value):
+    def change(tensors):
+        tensors[WEIGHT + "_scale_inv"][0, 0] = value
+
+    return change
+
+
+BAD = {
+    "a scale without its weight": (lambda t: t.pop(WEIGHT), f"{WEIGHT}_scale_inv has no {WEIGHT}: a file"),
+    "a weight without its scale": (lambda t: t.pop(WEIGHT + "_scale_inv"), f"{WEIGHT} is FP8 and has no {WEIGHT}_s"),
+    "scales of other blocks": (lambda t: t.update({WEIGHT + "_scale_inv": torch.ones(3, 3)}),
+                               r"has shape [3, 3], wanted [2, 2] for [160, 144] in blocks of 128 x 128"),
+    "a NaN scale": (set_scale(float("nan")), "holds NaN or numbers that are no scales"),
+    "an infinite scale": (set_scale(float("inf")), "holds NaN or numbers that are no scales"),
+    "a NaN weight": (nan_code, f"{WEIGHT} holds NaN"),
+    "a missing tensor": (lambda t: (t.pop(WEIGHT), t.pop(WEIGHT + "_scale_inv")), f"1 missing tensors: {WEIGHT}"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_fp8_weights_are_one_line(name, tmp_path):
+    change, words = BAD[name]
+    layouts.write(tmp_path, "v3", fp8=True)
+    changed(tmp_path, change)
+    with refused(words):
+        Transformer.from_pretrained(tmp_path)
+
+
+def test_a_missing_shard_and_a_missing_quantisation_are_one_line(tmp_path):
+    layouts.write(tmp_path, "v3", fp8=True)
+    path = tmp_path / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"quantization_config": None}))
+    with refused("unexpected tensors: .*_scale_inv"):
+        Transformer.from_pretrained(tmp_path)
+    path.write_text(json.dumps(values | {"quantization_config": {**values["quantization_config"],
+                                                                 "weight_block_size": [64, 128]}}))
+    with refused("in blocks of 64 x 128"):
+        Transformer.from_pretrained(tmp_path)
+    path.write_text(json.dumps(values))
+    next(tmp_path.glob("*-00002-of*")).unlink()
+    with refused("no weights in .*model-00002"):
+        Transformer.from_pretrained(tmp_path)
+
+
+HEADERS = {
+    "longer than the file": (1 << 40, b"{}"), "no JSON": (2, b"]["), "a list": (2, b"[]"),
+    "an unknown dtype": (None, b'{"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}}'),
+    "a hole": (None, b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [1, 2]}}'),
+    "a wrong size": (None, b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}'),
+    "a negative size": (None, b'{"a": {"dtype": "U8", "shape": [-2, -1], "data_offsets": [0, 2]}}'),
+    "a size of text": (None, b'{"a": {"dtype": "U8", "shape": ["2"], "data_offsets": [0, 2]}}'),
+    "deep": (None, b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_bad_header_is_one_line(name, tmp_path):
+    length, header = HEADERS[name]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((length or len(header)).to_bytes(8, "little") + header + bytes(16))
+    with refused("the file is damaged or foreign"):
+        checkpoint.open_weights(tmp_path)
+
+
+def test_a_disk_that_gives_less_than_the_file_had_is_one_line(tmp_path):
+    save_file({"a": torch.arange(1000.0)}, tmp_path / "model.safetensors")
+    files = checkpoint.open_weights(tmp_path)
+    with open(tmp_path / "model.safetensors", "rb+") as file:
+        file.truncate(2000)
+    with refused("a cannot be read: the file has become shorter"):
+        files["a"].get("a")
