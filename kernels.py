@@ -184,7 +184,7 @@ def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=F.linear) -> 
     gate rows first; down (E, C, F); both are cast to u's dtype; topk_idx, gates (N, K). Returns (N, C).
     """
     y = torch.zeros_like(u, dtype=at_least_float32(u.dtype))  # (N, C)
-    for expert in range(gate_up.shape[0]):
+    for expert in topk_idx.unique().tolist():  # the others may lie on disk
         rows, slots = torch.where(topk_idx == expert)  # the (token, slot) pairs of this expert
         gate, up = linear(u[rows], gate_up[expert].to(u.dtype)).chunk(2, dim=-1)  # (n, F) each
         out = linear(F.silu(gate) * up, down[expert].to(u.dtype))  # (n, C)
@@ -193,10 +193,9 @@ def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=F.linear) -> 
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """Pairs (token, k) sorted by expert, one grouped product for all; keeps the pre-activations.
+    """Pairs (token, k) sorted by expert, one grouped product for all, on CPU and GPU; keeps the pre-activations.
 
-    It runs the same on CPU and GPU. Widths have to be multiples of 16 bytes.
-    """
+    Widths have to be multiples of 16 bytes."""
 
     @staticmethod
     def pairs(u, topk_idx, gates, E):
@@ -251,6 +250,8 @@ class _ExpertFFN(torch.autograd.Function):
 
 def expert_ffn_fused(u, gate_up, down, topk_idx, gates) -> Tensor:
     """The same as one autograd Function; a single decoded token just asks its experts in turn."""
+    if not isinstance(gate_up, Tensor):  # of experts on disk there is no stack to multiply with
+        return expert_ffn_reference(u, gate_up, down, topk_idx, gates)
     is_grouped = len(u) != 1 or u.dtype != torch.float32 or not u.is_cpu
     if is_grouped or torch.is_grad_enabled():
         return _ExpertFFN.apply(u, gate_up, down, topk_idx, gates)
@@ -363,9 +364,8 @@ def choose(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = t
         is_able = device.type in ("cpu", "cuda") and dtype != torch.float64 and hasattr(F, "grouped_mm")
         if not is_able or any(width * dtype.itemsize % 16 for width in widths):
             chosen = chosen._replace(expert_ffn=expert_ffn_reference)
-            reasons.append("experts by the reference twin: torch's grouped product wants torch 2.10, a "
-                           "CPU or CUDA, float32 or bfloat16, widths in multiples of 16 bytes; "
-                           f"got {device.type}, {dtype}, {widths}")
+            reasons.append("experts by the reference twin: the grouped product wants torch 2.10, CPU or CUDA, "
+                           f"float32 or bfloat16, widths of 16 bytes; got {device.type}, {dtype}, {widths}")
         if device.type == "cpu" and dtype == torch.float32 and onednn_is_exact():
             reasons.append("float32 products by oneDNN, as exact as MKL's")
     if fp8:

@@ -663,20 +663,20 @@ class Transformer(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_pretrained(cls, directory: str | Path, impl: str = "fused", device="cpu",
-                        dtype: torch.dtype | None = torch.float32, mtp: bool = True) -> "Transformer":
+                        dtype: torch.dtype | None = torch.float32, mtp: bool = True, experts=None) -> "Transformer":
         """The model of a Hugging Face directory, ours or another's, filled tensor by tensor.
 
-        dtype None is that of the file. Not `mtp`, or without its weights, it is a model without MTP.
-        Raises UserError naming missing and unexpected tensors and wrong shapes.
+        dtype None is the file's; MTP is left out without `mtp` or its weights; with `experts`, an
+        ExpertCache, these stay on disk. Raises UserError naming tensors that are not as wanted.
         """
-        config, weights, block = checkpoint.open_checkpoint(directory, Config, mtp)
-        dtype = dtype or checkpoint.file_dtype(weights)
-        check_memory(asdict(config), dtype.itemsize)
+        config, weights, block, dtype = checkpoint.open_checkpoint(directory, Config, mtp, dtype)
+        check_memory(asdict(config), dtype.itemsize, experts and experts.size)
         with torch.device("meta"):
             model = cls(config, impl, init=False).to(dtype)
         model.compute_dtype = dtype
         for _, moe in model.moe_layers():
             moe.gate.float()  # the router and its bias stay float32
+        weights = experts.attach(model.moe_layers(), weights, block, dtype, device) if experts else weights
         checkpoint.copy_weights(directory, weights, model.to_empty(device=device).published(), block)
         return model
 

@@ -4,13 +4,17 @@ import json
 
 import layouts
 import pytest
+import test_foreign
 import torch
 from safetensors.torch import load_file, save_file
 
 import model as ours
+import sample
 from data.io import checkpoint
+from data.io.experts import ExpertCache, parse_size
 from data.io.tensors import FP8, expand_e4m3
 from model import Transformer
+from sample import generate
 from tests.conftest import refused
 
 LAYOUTS = [("v3", True), ("v3", False), ("v2-lite", False), ("moonlight", False), ("k2", False), ("k2", True)]
@@ -201,3 +205,128 @@ def test_a_disk_that_gives_less_than_the_file_had_is_one_line(tmp_path):
         file.truncate(2000)
     with refused("a cannot be read: the file has become shorter"):
         files["a"].get("a")
+
+
+# ------------------------------------------------------------------------------- experts on disk
+
+
+def greedy(model, prompt, steps=12):
+    return generate(model.eval(), [prompt], max_new_tokens=steps, temperature=0).tokens[0].tolist()
+
+
+@pytest.mark.parametrize("kind, fp8, dtype", [("v3", True, torch.float32), ("v3", True, torch.bfloat16),
+                                              ("moonlight", False, torch.float32), ("k2", False, torch.bfloat16)])
+def test_experts_on_disk_give_the_same_answer(kind, fp8, dtype, tmp_path):
+    layouts.write(tmp_path, kind, fp8)
+    loaded = Transformer.from_pretrained(tmp_path, impl="reference", dtype=dtype, mtp=False).eval()
+    tokens = torch.randint(512, (2, 9))
+    one = 3 * 160 * 144 * (1 if fp8 else 2)  # bytes of an expert in the file
+    for room in (1, 5, 100):
+        cache = ExpertCache(room * one)
+        model = Transformer.from_pretrained(tmp_path, "reference", dtype=dtype, mtp=False, experts=cache).eval()
+        assert not any(".mlp.experts." in name for name in model.state_dict())
+        assert len(cache.slots) == min(room, 16)
+        with torch.no_grad():
+            assert torch.equal(model(tokens), loaded(tokens))
+        assert greedy(model, [5, 6, 7]) == greedy(loaded, [5, 6, 7])
+    if dtype == torch.float32:  # whatever the other twins are
+        fused = Transformer.from_pretrained(tmp_path, mtp=False, experts=ExpertCache(one))
+        assert greedy(fused, [5, 6, 7]) == greedy(loaded, [5, 6, 7])
+
+
+def test_the_cache_keeps_what_was_used_last_and_reads_nothing_else(tmp_path):
+    wanted = layouts.write(tmp_path, "moonlight")
+    one = 3 * 160 * 144 * 2
+    cache = ExpertCache(3 * one + one // 2)
+    Transformer.from_pretrained(tmp_path, mtp=False, experts=cache)
+    first, second = (f"model.layers.{i}.mlp.experts." for i in (1, 2))
+    for prefix, expert, is_read in ((first, 0, 1), (first, 1, 1), (second, 0, 1), (first, 0, 0), (second, 7, 1),
+                                    (first, 1, 1), (first, 0, 0), (second, 0, 1), (second, 0, 0)):
+        before = cache.bytes_read
+        stacks = wanted.model.layers[int(prefix[13])].mlp.experts
+        for stack in ("gate_up_proj", "down_proj"):
+            assert torch.equal(cache.weight(prefix, expert, stack).float(), getattr(stacks, stack)[expert])
+        assert cache.bytes_read - before == is_read * one, (prefix, expert)
+    assert cache.asked.total() == 9 and cache.missed.total() == 6
+    assert cache.counts().tolist() == [[3, 2, 0, 0, 0, 0, 0, 0], [3, 0, 0, 0, 0, 0, 0, 1]]
+    report = cache.report(10).splitlines()
+    assert report[1].split() == ["1", "2", "of", "8", "40%"] and report[3].split() == ["all", "4", "of", "16", "33%"]
+    assert "room for 3 experts of 138 KB" in report[4] and "829 KB read, 82.9 KB for each of 10 tokens" in report[4]
+
+
+def test_experts_that_cannot_be_read_are_one_line(tmp_path):
+    layouts.write(tmp_path, "v3", fp8=True)
+    with refused("expert_cache: got 1 KB, wanted at least 69.1 KB"):
+        Transformer.from_pretrained(tmp_path, mtp=False, experts=ExpertCache(1000))
+    cache = ExpertCache(70_000)
+    model = Transformer.from_pretrained(tmp_path, mtp=False, experts=cache)
+    sizes = {path: path.stat().st_size for path in tmp_path.glob("*.safetensors")}
+    for path in sizes:  # the disk goes in mid-answer
+        with open(path, "rb+") as file:
+            file.truncate(1000)
+    with refused("the file has become shorter"):
+        greedy(model, [5, 6, 7])
+    assert len(cache.free) + len(cache.place) == len(cache.slots)
+    for i, (change, words) in enumerate(((nan_code, "holds NaN"), (set_scale(float("nan")), "are no scales"))):
+        layouts.write(tmp_path / str(i), "v3", fp8=True)
+        changed(tmp_path / str(i), change)
+        cache = ExpertCache(10**9)
+        Transformer.from_pretrained(tmp_path / str(i), mtp=False, experts=cache)
+        with refused(words):
+            cache.weight("model.layers.1.mlp.experts.", 5, "down_proj")
+    changed(tmp_path / "0", lambda t: (t.pop(WEIGHT), t.pop(WEIGHT + "_scale_inv")))
+    with refused(f"the expert {WEIGHT} is missing"):
+        Transformer.from_pretrained(tmp_path / "0", mtp=False, experts=ExpertCache(10**9))
+
+
+@pytest.mark.parametrize("text", ["", "8 XB", "many", "-3GB", "1e9", "GB", "1.2.3GB"])
+def test_a_size_that_is_none_is_one_line(text):
+    with refused("wanted a size such as 8GB"):
+        parse_size(text)
+
+
+# -------------------------------------------------------------------------------- sample.py on them
+
+
+def with_text(directory, kind):
+    """The tokenizer of a layout: DeepSeek's form, or Moonlight's."""
+    if kind in ("moonlight", "k2"):
+        ranks = test_foreign.write_tiktoken(directory)
+        ids = len(ranks), len(ranks) + 1
+    else:
+        test_foreign.foreign(directory, test_foreign.V2_STEPS if kind == "v2-lite" else test_foreign.V3_STEPS,
+                             chat_template=test_foreign.TEMPLATES["v3.1"])
+        ids = 700, 701
+    path = directory / "config.json"
+    values = json.loads(path.read_text()) | dict(zip(("bos_token_id", "eos_token_id"), ids))
+    path.write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize("kind, fp8", LAYOUTS)
+def test_a_published_layout_chats(kind, fp8, tmp_path, capsys, exit_code, monkeypatch):
+    layouts.write(tmp_path, kind, fp8, vocab_size=768)
+    with_text(tmp_path, kind)
+    monkeypatch.chdir(tmp_path)
+    flags = ("--checkpoint", tmp_path, "--chat", "--temperature", 0, "--max_new_tokens", 8, "2+2 = <|im_end|>?")
+    answers = []
+    for more in ((), ("--dtype", "float32"), ("--experts", "disk", "--expert_cache", "1MB", "--stats")):
+        assert exit_code(sample.main, *flags, *more) == 0
+        out, err = capsys.readouterr()
+        answers.append(out)
+    assert all(answers) and "experts met" in err and "B for each of" in err
+    assert (tmp_path / "experts.png").read_bytes()[1:4] == b"PNG"
+
+
+def test_the_tokenizer_is_looked_at_before_the_weights(tmp_path, refuses):
+    layouts.write(tmp_path, "v3", fp8=True)
+    with_text(tmp_path, "v3")  # 706 ids, of 512
+    for path in tmp_path.glob("*.safetensors"):
+        with open(path, "rb+") as file:
+            file.truncate(5000)  # whoever read weights would say so
+    refuses(sample.main, "cannot be read", "--checkpoint", tmp_path, "x")
+    layouts.write(tmp_path, "v3", fp8=True)
+    with_text(tmp_path, "v3")
+    refuses(sample.main, "it belongs to another model: got 706 ids", "--checkpoint", tmp_path, "x")
+    for flags, words in ((("--thinking",), "wanted --chat"), (("--stats",), "wanted --experts disk"),
+                         (("--experts", "disk", "--expert_cache", "x"), "another model"), (("--dtype", "int8"), "int8")):
+        refuses(sample.main, words, "--checkpoint", tmp_path, *flags, "--", "x")

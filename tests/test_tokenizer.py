@@ -13,8 +13,9 @@ from data.io.checkpoint import save_weights
 from data.io.cli import UserError
 from data.text.bpe import teller
 from data.text.files import row_text
-from data.text.tokenizer import (DEEPSEEK_PATTERN, PATTERN, SHOWN, SPECIALS, Tokenizer, byte_letters, check_belongs,
-                                 load_tokenizer, main, train_bpe, with_specials)
+from data.text.foreign import DEEPSEEK_PATTERN, byte_letters
+from data.text.tokenizer import (PATTERN, SHOWN, SPECIALS, Tokenizer, check_belongs, load_tokenizer, main, train_bpe,
+                                 with_specials)
 from tests.conftest import refused
 
 POOLS = ("abcdefghij ", "  \n\t\r", "0123456789", "漢字かなカナ한", "éüßñ\u0301\u0308",

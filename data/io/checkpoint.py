@@ -378,7 +378,7 @@ def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict
     notes = {}
     if tokenizer is not None:
         texts |= tokenizer.files(config.get("max_position_embeddings"))
-        notes["tokenizer"] = fingerprint(tokenizer.vocabulary(texts))
+        notes["tokenizer"] = fingerprint(texts.get("tokenizer.json") or texts["tiktoken.model"])
     with ExitStack() as stack:
         for name, text in texts.items():
             stack.enter_context(written_aside(directory / name)).write_bytes(text)
@@ -388,7 +388,7 @@ def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict
         if stale.name not in (*files, *contents) and stale.is_file():
             stale.unlink()
     if tokenizer is not None:  # and of another tokenizer
-        for name in set(BESIDE) - set(texts):
+        for name in {*BESIDE, "tokenizer.json", "tiktoken.model"} - set(texts):
             (directory / name).unlink(missing_ok=True)
 
 
@@ -425,7 +425,8 @@ def note_of(directory: str | Path, key: str) -> str | None:
 def identity(directory: str | Path) -> str:
     """16 hexadecimal digits that change with the weights, the config or the tokenizer of a checkpoint."""
     directory = Path(directory)
-    files = [*directory.glob("model*.safetensors"), directory / "config.json", directory / "tokenizer.json"]
+    others = ("config.json", "tokenizer.json", "tiktoken.model")
+    files = [*directory.glob("model*.safetensors"), *(directory / name for name in others)]
     return fingerprint(*(f"{path.name} {file_digest(path)}".encode() for path in sorted(files) if path.exists()))
 
 
@@ -439,8 +440,9 @@ def has_mtp(names: Iterable[str], num_hidden_layers: int, num_nextn_predict_laye
     return not prefixes or any(name.startswith(prefixes) for name in names)
 
 
-def open_checkpoint(directory: str | Path, make: Callable, with_mtp: bool = True):
-    """What `load_config` gives, `open_weights`, and the blocks of FP8 scales (see `quantisation`).
+def open_checkpoint(directory: str | Path, make: Callable, with_mtp: bool = True, dtype: torch.dtype | None = None):
+    """What `load_config` gives, `open_weights`, the blocks of FP8 scales (see `quantisation`), and the
+    dtype asked for, or else that of the embedding in the file, which is never FP8.
 
     Without MTP modules where the weights have none or `with_mtp` is not asked for: those of the
     weights are not read. What no model has, as `passed_over` knows it, is left out, and a line on
@@ -465,7 +467,8 @@ def open_checkpoint(directory: str | Path, make: Callable, with_mtp: bool = True
         print(f"{directory}: passed over {', '.join(why)}", file=sys.stderr)
     files = {name: file for name, file in files.items() if name not in left_out}
     _check_sizes(directory, files, vars(config))
-    return config, files, stored.block
+    first = "model.embed_tokens.weight"
+    return config, files, stored.block, dtype or (files[first].dtype(first) if first in files else torch.float32)
 
 
 def passed_over(names: Iterable[str], layers: int, modules: int, known: int) -> tuple[set[str], list[str]]:
@@ -509,12 +512,6 @@ def _check_sizes(directory: str | Path, names: dict[str, TensorFile], config: di
     name, wanted = "model.embed_tokens.weight", [config["vocab_size"], config["hidden_size"]]
     if name in names and names[name].shape(name) != wanted:
         raise UserError(f"{directory}: {name} has shape {names[name].shape(name)}, config.json wants {wanted}")
-
-
-def file_dtype(files: dict[str, TensorFile]) -> torch.dtype:
-    """The dtype that a checkpoint is meant to be computed in: that of its embedding, never FP8."""
-    name = "model.embed_tokens.weight"
-    return files[name].dtype(name) if name in files else torch.float32
 
 
 def copy_weights(directory: str | Path, files: dict[str, TensorFile], views: dict[str, Tensor],

@@ -102,13 +102,23 @@ def parameters_on_paper(config: dict) -> int:
     return main + c.num_nextn_predict_layers * (attention + moe + 2 * C * C + 3 * C)
 
 
-def check_memory(config: dict, bytes_each: int = 4) -> None:
-    """Raises UserError when weights of these sizes are more than this machine's memory."""
+def check_memory(config: dict, bytes_each: int = 4, expert_cache: int | None = None) -> None:
+    """Raises UserError when weights of these sizes are more than this machine's memory.
+
+    expert_cache: routed experts stay on disk but for so many bytes.
+    """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not every system tells
         return
-    wanted = bytes_each * parameters_on_paper(config)
+    wanted, hint = bytes_each * parameters_on_paper(config), "a smaller preset, or other sizes"
+    if expert_cache is None:
+        hint += "; of a checkpoint, sample.py --experts disk leaves experts where they are"
+    else:
+        c = SimpleNamespace(**config)
+        layers = max(0, c.num_hidden_layers - c.first_k_dense_replace) + c.num_nextn_predict_layers
+        experts = 3 * c.hidden_size * c.moe_intermediate_size * c.n_routed_experts * layers
+        wanted -= max(0, bytes_each * experts - expert_cache)
+        hint = "a smaller --expert_cache"
     if wanted > memory:
-        raise UserError(f"config: its weights are {si(wanted)}B, this machine has {si(memory)}B: "
-                        "a smaller preset, or other sizes")
+        raise UserError(f"config: its weights are {si(wanted)}B, this machine has {si(memory)}B: {hint}")

@@ -25,8 +25,8 @@ from data.io.cli import Knobs, UserError, knob, mute
 # ---------------------------------------------------------------------------------- the run folder
 
 MADE = ("at-*", "model*.safetensors*", "config.json", "generation_config.json", "tokenizer*.json",
-        "special_tokens_map.json", "chat_template.jinja", "*.png", "answers.txt", "report.*",
-        "README.md")  # by a run, in its folder
+        "special_tokens_map.json", "chat_template.jinja", "tiktoken.model", "tokenization_*.py", "*.png",
+        "answers.txt", "report.*", "README.md")  # by a run, in its folder
 
 
 @dataclass
