@@ -184,7 +184,7 @@ def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=F.linear) -> 
     gate rows first; down (E, C, F); both are cast to u's dtype; topk_idx, gates (N, K). Returns (N, C).
     """
     y = torch.zeros_like(u, dtype=at_least_float32(u.dtype))  # (N, C)
-    for expert in topk_idx.unique().tolist():  # the others may lie on disk
+    for expert in topk_idx.unique().tolist() or [0]:  # the others may lie on disk
         rows, slots = torch.where(topk_idx == expert)  # the (token, slot) pairs of this expert
         gate, up = linear(u[rows], gate_up[expert].to(u.dtype)).chunk(2, dim=-1)  # (n, F) each
         out = linear(F.silu(gate) * up, down[expert].to(u.dtype))  # (n, C)

@@ -315,8 +315,8 @@ def encode_prompt(tokenizer, text: str, chat: bool, thinking: bool | None = None
 def load(knobs: SampleConfig) -> tuple[Path, Transformer, Tokenizer, ExpertCache | None]:
     """What is sampled from: its directory, tokenizer and model; that these fit is seen before weights are read."""
     directory = Path(knobs.checkpoint) if knobs.checkpoint else newest_run()
-    tokenizer = load_tokenizer(directory)
-    check_belongs(tokenizer, load_config(directory, Config))
+    config, tokenizer = load_config(directory, Config), load_tokenizer(directory)
+    check_belongs(tokenizer, config)
     cache = ExpertCache(parse_size(knobs.expert_cache)) if knobs.experts == "disk" else None
     dtype = getattr(torch, knobs.dtype) if knobs.dtype else None
     device = pick_device(knobs.device)

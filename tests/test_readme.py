@@ -101,7 +101,7 @@ def test_a_file_imports_only_from_its_left(path):
 SIZES = {  # most lines, most top-level definitions
     "kernels.py": (520, 32),
     "model.py": (720, 22),
-    "sample.py": (340, 22),
+    "sample.py": (366, 23),
     "train.py": (580, 22),
     "rl.py": (635, 22),
 }

@@ -3,6 +3,7 @@
 import json
 
 import layouts
+import published
 import pytest
 import test_foreign
 import torch
@@ -13,7 +14,7 @@ import sample
 from data.io import checkpoint
 from data.io.experts import ExpertCache, parse_size
 from data.io.tensors import FP8, expand_e4m3
-from model import Transformer
+from model import Config, Transformer
 from sample import generate
 from tests.conftest import refused
 
@@ -85,13 +86,6 @@ def test_others_of_the_family_are_loaded_from_what_transformers_saves(kind, tmp_
     is_sparse = "index_topk" in more
     assert got.config.max_position_embeddings == (32 if is_sparse else 64)
     assert ("texts end at 32 tokens" in capsys.readouterr().err) == is_sparse
-
-
-@pytest.mark.parametrize("type_, words", [("qwen2", "R1-Distill-Qwen models are Qwen2.5"), ("kimi_k25", "also see"),
-                                          ("llama", "R1-Distill-Llama"), ("deepseek_v4", "another attention")])
-def test_what_is_of_another_architecture_says_which(type_, words, tmp_path, refuses):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": type_, "hidden_size": 8}))
-    refuses(ours.main, words, tmp_path)
 
 
 def test_config_json_is_shown_whatever_its_quantisation(tmp_path, exit_code, capsys):
@@ -330,3 +324,22 @@ def test_the_tokenizer_is_looked_at_before_the_weights(tmp_path, refuses):
     for flags, words in ((("--thinking",), "wanted --chat"), (("--stats",), "wanted --experts disk"),
                          (("--experts", "disk", "--expert_cache", "x"), "another model"), (("--dtype", "int8"), "int8")):
         refuses(sample.main, words, "--checkpoint", tmp_path, *flags, "--", "x")
+
+
+# ----------------------------------------------------------------------- config.json of released models
+
+
+@pytest.mark.parametrize("name", published.MODELS)
+def test_config_json_of_released_models(name, tmp_path, capsys, exit_code, refuses):
+    model = published.MODELS[name]
+    base = json.loads((checkpoint.PRESETS / f"{model.preset}.json").read_text()) if model.preset else {}
+    (tmp_path / "config.json").write_text(json.dumps(base | model.values))
+    if not model.main:
+        return refuses(ours.main, model.words, tmp_path)
+    assert exit_code(ours.main, tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert f"parameters            {model.main:,}  (main" in shown
+    assert f"quantisation          {model.words}\n" in shown
+    config = Config(**checkpoint.config_from_hf(base | model.values))
+    assert config.max_position_embeddings == min((base | model.values)["max_position_embeddings"],
+                                                 model.values.get("index_topk", 1 << 30))

@@ -50,7 +50,11 @@ class ExpertCache:
         if count < 1:
             raise UserError(f"expert_cache: got {si(self.size)}B, wanted at least {si(3 * self.part)}B, the size of "
                             "one expert")
-        self.slots = torch.empty(count, 3 * self.part, dtype=torch.uint8)  # the system gives pages once they are used
+        try:  # the system gives pages once they are used
+            self.slots = torch.empty(count, 3 * self.part, dtype=torch.uint8)
+        except RuntimeError:
+            raise UserError(f"expert_cache: this machine does not give {si(count * 3 * self.part)}B: a smaller "
+                            "one") from None
         self.free = list(range(count))
         self.buffers = {stack: torch.empty(getattr(stacks, stack).shape[1:], dtype=dtype) for stack in STACKS}
         for prefix, (_, layer) in zip(self.prefixes, layers):

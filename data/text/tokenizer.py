@@ -34,6 +34,10 @@ CHAT_TEMPLATE = (
     "{% if thinking is defined %}{{ '<think>' if thinking else '<think></think>' }}{% endif %}"
     "{% endif %}")
 
+RESPONSE_TEMPLATE = {  # by which transformers 5 tells thinking and answer apart; text is what is neither
+    "version": 1, "defaults": {"role": "assistant"}, "start_anchor": ASSISTANT,
+    "fields": {"thinking": {"open": TAGS[0], "close": [TAGS[1], EOS]},
+               "content": {"open": TAGS[2], "close": [TAGS[3], EOS]}, "text": {"close": EOS}}}
 V32_TEMPLATE = (  # V3.2 publishes Python (encoding_dsv32.py) and no template: V3.1's form
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
@@ -141,6 +145,8 @@ class Tokenizer:
                   "pad_token": pad}
         if self.chat_template is not None:
             config["chat_template"] = self.chat_template
+        if not self.source:
+            config["response_template"] = RESPONSE_TEMPLATE
         if context:
             config["model_max_length"] = context
         generation = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id,
