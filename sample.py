@@ -294,8 +294,8 @@ class SampleConfig(SamplingKnobs):
     device: str = knob("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = knob(None, "of weights and activations [the file's]",
                              choices=("float32", "bfloat16", "float16"))
-    thinking: bool | None = knob(None, "with --chat: think aloud first, or not at all [as the model's template has it]")
-    experts: str = knob("memory", "where routed experts are; from the disk only those chosen are read",
+    thinking: bool | None = knob(None, "with --chat: think aloud, or not [as the model's template has it]")
+    experts: str = knob("memory", "where routed experts are: of a disk, only those chosen are read",
                         choices=("memory", "disk"))
     expert_cache: str = knob("8GB", "with --experts disk: how much of them memory holds")
     stats: bool = knob(False, "with --experts disk: print what was read, draw experts.png")
@@ -306,21 +306,21 @@ class SampleConfig(SamplingKnobs):
 
 
 def encode_prompt(tokenizer, text: str, chat: bool, thinking: bool | None = None) -> list[int]:
-    """Ids of a user's text, which holds no specials, behind the begin token or in the model's template."""
+    """Ids of a user's text, which holds no specials, behind the begin token or in the template."""
     if chat:
         return chat_ids(tokenizer, [{"role": "user", "content": text}], thinking)
     return tokenizer.opening + tokenizer.encode(text)
 
 
 def load(knobs: SampleConfig) -> tuple[Path, Transformer, Tokenizer, ExpertCache | None]:
-    """What is sampled from: its directory, tokenizer and model; that these fit is seen before weights are read."""
+    """What is sampled from. Whether tokenizer and model fit is seen before weights are read."""
     directory = Path(knobs.checkpoint) if knobs.checkpoint else newest_run()
     config, tokenizer = load_config(directory, Config), load_tokenizer(directory)
     check_belongs(tokenizer, config)
     cache = ExpertCache(parse_size(knobs.expert_cache)) if knobs.experts == "disk" else None
     dtype = getattr(torch, knobs.dtype) if knobs.dtype else None
     device = pick_device(knobs.device)
-    model = Transformer.from_pretrained(directory, device=device, dtype=dtype, mtp=False, experts=cache)
+    model = Transformer.from_pretrained(directory, "fused", device, dtype, mtp=False, experts=cache)
     return directory, model, tokenizer, cache
 
 

@@ -37,7 +37,7 @@ def tiny_ranks() -> dict[bytes, int]:
     return train_bpe([*HOSTILE[::4], "hello world, 漢字漢字 12345 don't Größe " * 20], 700, r"\s?\S+")
 
 
-def foreign(directory: Path, steps, normalizer=None, byte_regex=False, **config):
+def foreign(directory: Path, steps, normalizer=None, byte_regex=False, specials=SPECIALS, **config):
     """A tokenizer.json made by `tokenizers` of splits, in a directory; returns their tokenizer."""
     tokenizers = pytest.importorskip("tokenizers")
     ranks, letters = tiny_ranks(), byte_letters()
@@ -54,7 +54,7 @@ def foreign(directory: Path, steps, normalizer=None, byte_regex=False, **config)
     made.decoder = tokenizers.decoders.ByteLevel()
     if normalizer:
         made.normalizer = getattr(tokenizers.normalizers, normalizer)()
-    made.add_special_tokens(list(SPECIALS))
+    made.add_special_tokens(list(specials))
     directory.mkdir(exist_ok=True)
     made.save(str(directory / "tokenizer.json"))
     values = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIALS[0], "eos_token": SPECIALS[1]} | config
@@ -156,6 +156,9 @@ def test_tiktoken_model_is_read_as_kimi_publishes_it(tmp_path):
         path.name: path.read_bytes() for path in (tmp_path / "again").glob("t*")}
 
 
+V2_TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\n\n' }}"
+               "{% else %}{{ 'Assistant: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+               "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}")
 TEMPLATES = {
     "v3": "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
           "{% set ns = namespace(system='') %}{%- for m in messages %}{%- if m['role'] == 'system' %}"

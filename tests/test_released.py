@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 import model as ours
 import sample
+import train
 from data.io import checkpoint
 from data.io.experts import ExpertCache, parse_size
 from data.io.tensors import FP8, expand_e4m3
+from data.text.tokenizer import load_tokenizer
 from model import Config, Transformer
 from sample import generate
 from tests.conftest import refused
@@ -288,8 +290,9 @@ def with_text(directory, kind):
         ranks = test_foreign.write_tiktoken(directory)
         ids = len(ranks), len(ranks) + 1
     else:
-        test_foreign.foreign(directory, test_foreign.V2_STEPS if kind == "v2-lite" else test_foreign.V3_STEPS,
-                             chat_template=test_foreign.TEMPLATES["v3.1"])
+        known = (test_foreign.V2_STEPS, test_foreign.SPECIALS[:2], test_foreign.V2_TEMPLATE) if kind == "v2-lite" else (
+            test_foreign.V3_STEPS, test_foreign.SPECIALS, test_foreign.TEMPLATES["v3.1"])
+        test_foreign.foreign(directory, known[0], specials=known[1], chat_template=known[2])
         ids = 700, 701
     path = directory / "config.json"
     values = json.loads(path.read_text()) | dict(zip(("bos_token_id", "eos_token_id"), ids))
@@ -343,3 +346,25 @@ def test_config_json_of_released_models(name, tmp_path, capsys, exit_code, refus
     config = Config(**checkpoint.config_from_hf(base | model.values))
     assert config.max_position_embeddings == min((base | model.values)["max_position_embeddings"],
                                                  model.values.get("index_topk", 1 << 30))
+
+
+def test_a_published_layout_is_fine_tuned_and_saved_with_its_template(tmp_path, exit_code, monkeypatch, workplace):
+    transformers = pytest.importorskip("transformers")
+    layouts.write(tmp_path / "v2", "v2-lite", vocab_size=768)
+    with_text(tmp_path / "v2", "v2-lite")
+    (tmp_path / "v2" / "generation_config.json").write_text('{"eos_token_id": [701, 3], "top_p": 0.9}')
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(train.main, "--init_from", "v2", "--data", workplace / "text", "--steps", 2, "--seq_len", 32,
+                     "--tokens_per_step", 64, "--micro_batch", 1, "--eval_every", 2, "--name", "tuned") == 0
+    saved = tmp_path / "out" / "tuned"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (saved / name).read_bytes() == (tmp_path / "v2" / name).read_bytes()
+    theirs = transformers.AutoTokenizer.from_pretrained(saved)
+    talk = [{"role": "user", "content": "2+2"}]
+    text = theirs.apply_chat_template(talk, add_generation_prompt=True, tokenize=False)
+    assert text == "<｜begin▁of▁sentence｜>User: 2+2\n\nAssistant:"
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).eval()
+    ids = theirs.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert (model(ids).logits - Transformer.from_pretrained(saved).eval()(ids)).abs().max() < 5e-5
+    assert load_tokenizer(saved).stop_ids == [701, 3]
