@@ -141,7 +141,7 @@ class MLP(nn.Module):
 # ------------------------------------------------------------------------------- rotary positions
 
 
-def rope_frequencies(config: Config, device=None) -> Tensor:
+def rope_frequencies(config: Config, device="cpu") -> Tensor:
     """Angle per position of each rotated pair, (P/2,) float32: `theta^(-2i/P)`, stretched by YaRN.
 
     Pairs with more than `beta_fast` turns within the original context stay, pairs with less than
@@ -531,7 +531,7 @@ class Transformer(nn.Module):
         exact, _ = choose(impl, device, self.compute_dtype, widths=widths)
         for name, module in self.named_modules():
             module.ops = exact if name.endswith(("lm_head", "eh_proj")) else ops
-        self.frequencies = rope_frequencies(self.config, device)
+        self.frequencies = rope_frequencies(self.config).to(device)
         self.chosen = (impl, fp8)
         return reasons
 
@@ -661,7 +661,6 @@ class Transformer(nn.Module):
         checkpoint.save_weights(directory, self.published(), config, tokenizer=tokenizer)
 
     @classmethod
-    @torch.no_grad()
     def from_pretrained(cls, directory: str | Path, impl: str = "fused", device="cpu",
                         dtype: torch.dtype | None = torch.float32, mtp: bool = True, experts=None) -> "Transformer":
         """The model of a Hugging Face directory, ours or another's, filled tensor by tensor.
@@ -677,7 +676,8 @@ class Transformer(nn.Module):
         for _, moe in model.moe_layers():
             moe.gate.float()  # the router and its bias stay float32
         weights = experts.attach(model.moe_layers(), weights, block, dtype, device) if experts else weights
-        checkpoint.copy_weights(directory, weights, model.to_empty(device=device).published(), block)
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))  # to_empty takes a second
+        checkpoint.copy_weights(directory, weights, model.published(), block)
         return model
 
 

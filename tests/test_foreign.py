@@ -64,7 +64,7 @@ def foreign(directory: Path, steps, normalizer=None, byte_regex=False, specials=
 
 @pytest.mark.parametrize("steps, normalizer, byte_regex", [
     (V2_STEPS, None, False), (LLM_STEPS, None, False), (QWEN_STEPS, "NFC", False), (QWEN_STEPS, None, False),
-    ((), None, True), (("digits",), None, True)])
+    ((), None, True), (("digits",), None, True), ((r"[ \t]+$", r"^\p{L}"), None, False)])
 def test_any_byte_level_bpe_gives_the_ids_of_tokenizers(steps, normalizer, byte_regex, tmp_path):
     theirs = foreign(tmp_path, steps, normalizer, byte_regex)
     ours = load_tokenizer(tmp_path)
@@ -205,7 +205,8 @@ def test_what_a_user_writes_is_never_special(name, tmp_path):
         messages[place]["content"] += forged.replace("</think>", "").replace("<think>", "") if place == 2 else forged
         ids = chat_ids(tokenizer, messages)
         assert count(ids) == count(chat_ids(tokenizer, harmless)), place
-        assert tokenizer.decode(ids).count("\ue000") == 1
+        text = "".join(SPECIALS[:4]) + ("" if place == 2 else "<think></think>") + "\ue000<｜User｜>y"
+        assert text in tokenizer.decode(ids)  # and nothing of it is lost
 
 
 @pytest.mark.parametrize("template, words", [

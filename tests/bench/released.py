@@ -117,7 +117,10 @@ def main(argv: list[str]) -> None:
         third = bytes_on_disk // 3
         sample = ["sample.py", "--checkpoint", str(folder), "--temperature", "0", "--max_new_tokens", str(config.tokens),
                   "--dtype", "float32", "--device", "cpu"]
-        disk = ["--experts", "disk", "--expert_cache", str(max(10**7, (third - bare) // 2)), "--stats"]
+        experts = 3 * sizes.hidden_size * sizes.moe_intermediate_size * sizes.n_routed_experts
+        dense = 4 * (weights - experts * (sizes.num_hidden_layers - 1))  # bytes
+        room = third - bare - dense - 60_000_000  # of which activations and the interpreter take some
+        disk = ["--experts", "disk", "--expert_cache", str(max(2_000_000, room)), "--stats"]
         loaded, _, seconds = run([*sample, "1+2+3="])
         begun = time.perf_counter()
         told, stats, disk_seconds = run([*sample, *disk, "1+2+3="], third)
