@@ -99,9 +99,9 @@ def test_a_file_imports_only_from_its_left(path):
     assert ours <= {*left, *own}
 
 SIZES = {  # most lines, most top-level definitions
-    "kernels.py": (545, 32),
+    "kernels.py": (560, 32),
     "model.py": (740, 22),
-    "sample.py": (500, 22),
+    "sample.py": (505, 23),
     "train.py": (560, 22),
     "rl.py": (645, 22),
 }
