@@ -309,6 +309,16 @@ class Pretending(TorchFunctionMode):
         return there if dtype is None else there.to(dtype)
 
 
+group_tensors = torch.optim.Optimizer._group_tensors_by_device_and_dtype
+
+
+def by_device(lists, with_indices=False):
+    """What an optimizer updates together: torch's C++ sees the CPU behind the GPU."""
+    is_there = isinstance(lists[0][0], Pretended)
+    return {(CUDA if is_there else device, dtype): group
+            for (device, dtype), group in group_tensors(lists, with_indices).items()}
+
+
 run_backward = torch.autograd._engine_run_backward
 
 
@@ -355,6 +365,8 @@ def gpu(capability: tuple[int, int] = (9, 0), varlen_attn: Callable | None = var
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion,
                        torch.__future__.get_overwrite_module_params_on_conversion())
         torch.__future__.set_overwrite_module_params_on_conversion(True)
+        stack.enter_context(patch.object(torch.optim.Optimizer, "_group_tensors_by_device_and_dtype",
+                                         staticmethod(by_device)))
         stack.enter_context(patch.object(torch.cuda, "CUDAGraph", Graph))
         stack.enter_context(patch.object(torch.cuda, "graph", Graph.capture))
         stack.enter_context(patch.object(torch.autograd, "_engine_run_backward", backward))

@@ -15,14 +15,14 @@ from data.io.cli import UserError, parse_flags
 from rl import RLConfig
 from tests.bench import decode
 from tests.bench import train as bench
-from tests.claims import base_quality, bill, distill, fitness, fp8, lab, thinking
+from tests.claims import base_quality, bill, distill, fitness, fp8, lab, thinking, visits
 from train import TrainConfig
 
 CONFIGS = {"train.py": TrainConfig, "rl.py": RLConfig, "tests.bench.train": bench.BenchConfig,
            "tests.bench.decode": decode.DecodeConfig, "tests.claims.bill": bill.BillConfig,
            "tests.claims.fitness": fitness.FitnessConfig, "tests.claims.thinking": thinking.ThinkingConfig,
            "tests.claims.distill": distill.DistillConfig, "tests.claims.fp8": fp8.Fp8Config,
-           "tests.claims.base_quality": base_quality.QualityConfig}
+           "tests.claims.base_quality": base_quality.QualityConfig, "tests.claims.visits": visits.VisitsConfig}
 BOOK = Path(lab.__file__).with_name("README.md")
 
 WIDTHS = ["hidden_size=32", "num_hidden_layers=2", "moe_intermediate_size=16", "intermediate_size=32"]
@@ -227,3 +227,20 @@ def test_a_flag_wins_over_what_a_study_usually_does():
     assert lab.read_flags(RLConfig, ["--steps", "7"], "", steps=60, name="x").steps == 7
     variant = lab.read_flags(RLConfig, ["--variant", "dr_grpo"], "", steps=60)
     assert variant.steps == 60 and variant.kl_beta == 0.0 and not variant.divide_by_std
+
+
+def test_ranks_that_a_token_visits_are_drawn(tmp_path, monkeypatch):
+    config = visits.VisitsConfig(out=str(tmp_path))
+    knobs = understood([visits.command(name, config).split("--nproc_per_node=4 ")[1].join(["python ", ""])
+                        for name in visits.RUNS])
+    assert [each.expert_parallel for each in knobs] == [4, 4] and "n_group=4" in knobs[0].set
+
+    def run(words):
+        name = words[words.index("--name") + 1]
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text("step,ranks_per_token,mb_sent\n0,,\n1,1.5,2\n2,1.25,2\n")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(visits.subprocess, "run", run)
+    visits.main(["--out", str(tmp_path)])
+    assert (tmp_path / "visits.png").read_bytes()[:4] == b"\x89PNG"

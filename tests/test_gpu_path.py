@@ -389,7 +389,6 @@ def test_training_steps_are_those_of_the_cpu(dtype):
     assert got[-1]["total"] < got[0]["total"]
 
 
-@pytest.mark.xfail(strict=True, reason="the step still reads its losses and counts one by one")
 def test_a_training_step_waits_once():
     with gpu():
         _, waits = trained(on_gpu(small_model(), compute_dtype=torch.bfloat16), GPU)
@@ -420,7 +419,6 @@ def test_generated_tokens_are_those_of_the_cpu(temperature):
             torch.testing.assert_close(x.cpu(), getattr(wanted, name), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="the loop still reads words of every token")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_waits_once_in_sixteen_tokens(dtype):
     """What a prompt costs is not counted: the waits of 40 tokens are compared with those of 8."""
