@@ -218,7 +218,7 @@ def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=linear_refere
     gate rows first; down (E, C, F); both are cast to u's dtype; topk_idx, gates (N, K). Returns (N, C).
     """
     y = torch.zeros_like(u, dtype=at_least_float32(u.dtype))  # (N, C)
-    for expert in range(gate_up.shape[0]):
+    for expert in topk_idx.unique().tolist() or [0]:  # the others may lie on disk
         rows, slots = torch.where(topk_idx == expert)  # the (token, slot) pairs of this expert
         gate, up = linear(u[rows], gate_up[expert]).chunk(2, dim=-1)  # (n, F) each
         out = linear(F.silu(gate) * up, down[expert])  # (n, C)
@@ -227,10 +227,9 @@ def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=linear_refere
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """Pairs (token, k) sorted by expert, one grouped product for all; keeps the pre-activations.
+    """Pairs (token, k) sorted by expert, one grouped product for all, on CPU and GPU; keeps the pre-activations.
 
-    It runs the same on CPU and GPU. Widths have to be multiples of 16 bytes.
-    """
+    Widths have to be multiples of 16 bytes."""
 
     @staticmethod
     def pairs(u, topk_idx, gates, E):
@@ -289,6 +288,8 @@ def expert_ffn_fused(u, gate_up, down, topk_idx, gates) -> Tensor:
     One on a CPU asks its experts in turn. A few on a GPU, where the Function would wait, ask all of
     them, with weight 0 where they were not chosen: their weights are read in any case.
     """
+    if not isinstance(gate_up, Tensor):  # of experts on disk there is no stack to multiply with
+        return expert_ffn_reference(u, gate_up, down, topk_idx, gates)
     is_few = u.is_cuda and len(u) <= 512 and not groups_on_device(u.device, u.dtype)
     is_one = u.is_cpu and len(u) == 1 and u.dtype == torch.float32
     if torch.is_grad_enabled() or not (is_few or is_one):
@@ -408,9 +409,8 @@ def choose(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = t
         is_able = device.type in ("cpu", "cuda") and dtype != torch.float64 and hasattr(F, "grouped_mm")
         if not is_able or any(width * dtype.itemsize % 16 for width in widths):
             chosen = chosen._replace(expert_ffn=expert_ffn_reference)
-            reasons.append("experts by the reference twin: torch's grouped product wants torch 2.10, a "
-                           "CPU or CUDA, float32 or bfloat16, widths in multiples of 16 bytes; "
-                           f"got {device.type}, {dtype}, {widths}")
+            reasons.append("experts by the reference twin: the grouped product wants torch 2.10, CPU or CUDA, "
+                           f"float32 or bfloat16, widths of 16 bytes; got {device.type}, {dtype}, {widths}")
         elif device.type == "cuda" and not fp8 and not groups_on_device(device, dtype):
             reasons.append("the host waits in each product of the experts: torch groups them on the "
                            "device in bfloat16 on sm_90 and sm_100 alone")

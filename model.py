@@ -140,7 +140,7 @@ class MLP(nn.Module):
 # ------------------------------------------------------------------------------- rotary positions
 
 
-def rope_frequencies(config: Config, device=None) -> Tensor:
+def rope_frequencies(config: Config, device="cpu") -> Tensor:
     """Angle per position of each rotated pair, (P/2,) float32: `theta^(-2i/P)`, stretched by YaRN.
 
     Pairs with more than `beta_fast` turns within the original context stay, pairs with less than
@@ -543,7 +543,7 @@ class Transformer(nn.Module):
         exact, _ = choose(impl, device, self.compute_dtype, widths=widths)
         for name, module in self.named_modules():
             module.ops = exact if name.endswith(("lm_head", "eh_proj")) else ops
-        self.frequencies = rope_frequencies(self.config, device)
+        self.frequencies = rope_frequencies(self.config).to(device)
         heads = (self.config.qk_nope_head_dim + self.config.qk_rope_head_dim, self.config.v_head_dim)
         self.is_packed = ops.packs_documents(device, self.compute_dtype, *heads)
         self.chosen = (impl, fp8)
@@ -672,22 +672,23 @@ class Transformer(nn.Module):
         checkpoint.save_weights(directory, self.published(), config, tokenizer=tokenizer)
 
     @classmethod
-    @torch.no_grad()
     def from_pretrained(cls, directory: str | Path, impl: str = "fused", device="cpu",
-                        dtype=torch.float32) -> "Transformer":
+                        dtype: torch.dtype | None = torch.float32, mtp: bool = True, experts=None) -> "Transformer":
         """The model of a Hugging Face directory, ours or another's, filled tensor by tensor.
 
-        Without MTP weights it is a model without MTP, and a line says so. Raises UserError naming
-        missing and unexpected tensors and wrong shapes.
+        dtype None is the file's; MTP is left out without `mtp` or its weights; with `experts`, an
+        ExpertCache, these stay on disk. Raises UserError naming tensors that are not as wanted.
         """
-        config, weights = checkpoint.open_checkpoint(directory, Config)
-        check_memory(asdict(config), dtype.itemsize)
-        model = cls(config, impl, init=False)
+        config, weights, block, dtype = checkpoint.open_checkpoint(directory, Config, mtp, dtype)
+        check_memory(asdict(config), dtype.itemsize, experts and experts.size)
+        with torch.device("meta"):
+            model = cls(config, impl, init=False).to(dtype)
         model.compute_dtype = dtype
-        model.to(device=device, dtype=dtype)
         for _, moe in model.moe_layers():
             moe.gate.float()  # the router and its bias stay float32
-        checkpoint.copy_weights(directory, weights, model.published())
+        weights = experts.attach(model.moe_layers(), weights, block, dtype, device) if experts else weights
+        model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))  # to_empty takes a second
+        checkpoint.copy_weights(directory, weights, model.published(), block)
         return model
 
 
@@ -720,14 +721,14 @@ def main(argv: list[str]) -> None:
     """Print the self-portrait of a preset or of a checkpoint directory."""
     knobs = parse_flags(PortraitConfig, argv, "What a model is made of, and what it costs.")
     name = knobs.name
-    config = checkpoint.load_config(name, Config) if Path(name).is_dir() else Config.preset(name)
+    config, stored = checkpoint.find_config(name, Config)
     with torch.device("meta"):
         model = Transformer(config, init=False)
     if knobs.ranks:
         print(shared_out(name, asdict(config), model.state_dict(), knobs.ranks, knobs.expert_parallel))
     else:
         flops = flops_per_token(config, min(4096, config.max_position_embeddings))
-        print(portrait(name, asdict(config), model.state_dict(), flops))
+        print(portrait(name, asdict(config), model.state_dict(), flops, stored))
 
 
 if __name__ == "__main__":

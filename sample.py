@@ -21,12 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.io.checkpoint import load_config
 from data.io.cli import Knobs, UserError, knob, parse_flags, pick_device, run_main, widest_float
+from data.io.experts import ExpertCache, parse_size
+from data.io.plot import expert_touch_figure
 from data.io.run import newest_run
-from data.tasks.task import prompt_text
-from data.text.tokenizer import check_belongs, load_tokenizer
+from data.text.chat import chat_ids
+from data.text.tokenizer import Tokenizer, check_belongs, load_tokenizer
 from kernels import at_least_float32
-from model import Cache, Transformer
+from model import Cache, Config, Transformer
 
 COMPACT_BELOW = 0.75  # rows leave the batch, which copies the cache, when this share is still alive
 LOOK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}  # steps until the host waits to see what was made
@@ -427,14 +430,36 @@ class SampleConfig(SamplingKnobs):
     chat: bool = knob(False, "put the prompt as a question into the chat template")
     seed: int = knob(0, "the same seed gives the same text")
     device: str = knob("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
+    dtype: str | None = knob(None, "of weights and activations [the file's]",
+                             choices=("float32", "bfloat16", "float16"))
+    thinking: bool | None = knob(None, "with --chat: think aloud, or not [as the model's template has it]")
+    experts: str = knob("memory", "where routed experts are: of a disk, only those chosen are read",
+                        choices=("memory", "disk"))
+    expert_cache: str = knob("8GB", "with --experts disk: how much of them memory holds")
+    stats: bool = knob(False, "with --experts disk: print what was read, draw experts.png")
+
+    def rules(self):
+        yield "thinking", "--chat, whose template it is for", self.chat or self.thinking is None
+        yield "stats", "--experts disk", self.experts == "disk" or not self.stats
 
 
-def encode_prompt(tokenizer, text: str, chat: bool) -> list[int]:
+def encode_prompt(tokenizer, text: str, chat: bool, thinking: bool | None = None) -> list[int]:
     """Ids of a user's text, which holds no specials, behind the begin token or in the template."""
-    if not chat:
-        return [tokenizer.bos_id] + tokenizer.encode(text)
-    before, after = prompt_text("\0").split("\0")
-    return tokenizer.encode_trusted(before) + tokenizer.encode(text) + tokenizer.encode_trusted(after)
+    if chat:
+        return chat_ids(tokenizer, [{"role": "user", "content": text}], thinking)
+    return tokenizer.opening + tokenizer.encode(text)
+
+
+def load(knobs: SampleConfig) -> tuple[Path, Transformer, Tokenizer, ExpertCache | None]:
+    """What is sampled from. Whether tokenizer and model fit is seen before weights are read."""
+    directory = Path(knobs.checkpoint) if knobs.checkpoint else newest_run()
+    config, tokenizer = load_config(directory, Config), load_tokenizer(directory)
+    check_belongs(tokenizer, config)
+    cache = ExpertCache(parse_size(knobs.expert_cache)) if knobs.experts == "disk" else None
+    dtype = getattr(torch, knobs.dtype) if knobs.dtype else None
+    device = pick_device(knobs.device)
+    model = Transformer.from_pretrained(directory, "fused", device, dtype, mtp=False, experts=cache)
+    return directory, model, tokenizer, cache
 
 
 def printer(tokenizer) -> Callable[[int, int], None]:
@@ -442,7 +467,7 @@ def printer(tokenizer) -> Callable[[int, int], None]:
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
 
     def show(row: int, token: int) -> None:
-        if row == 0 and token != tokenizer.eos_id:
+        if row == 0 and token not in tokenizer.stop_ids:
             print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
 
     return show
@@ -453,25 +478,25 @@ def main(argv: list[str]) -> None:
     knobs = parse_flags(SampleConfig, argv, "Continue a text with a checkpoint.")
     if not knobs.prompt:
         raise UserError('the prompt is empty: python sample.py "Once upon a time"')
-    device = pick_device(knobs.device)
-    directory = Path(knobs.checkpoint) if knobs.checkpoint else newest_run()
-    model = Transformer.from_pretrained(directory, device=device)
-    tokenizer = load_tokenizer(directory)
-    check_belongs(tokenizer, model.config)
+    directory, model, tokenizer, cache = load(knobs)
     prompt = os.fsencode(knobs.prompt).decode(errors="replace")  # bytes that are no UTF-8
-    ids = encode_prompt(tokenizer, prompt, knobs.chat)
+    ids = encode_prompt(tokenizer, prompt, knobs.chat, knobs.thinking)
     lead = "" if knobs.chat else prompt
     started = time.perf_counter()
     print(lead, end="", flush=True)
     out = generate(model, [ids], num_samples=knobs.num_samples, max_new_tokens=knobs.max_new_tokens,
                    temperature=knobs.temperature, top_k=knobs.top_k, top_p=knobs.top_p,
-                   stop_ids=[tokenizer.eos_id], seed=knobs.seed, on_token=printer(tokenizer))
+                   stop_ids=tokenizer.stop_ids, seed=knobs.seed, on_token=printer(tokenizer))
     print()
     seconds = time.perf_counter() - started
     for row in range(1, knobs.num_samples):
         print(f"--- {row + 1}\n{lead}{tokenizer.decode(out.completion(row))}")
     made = int(out.mask.sum())
-    print(f"[{directory} on {device}: {made} tokens, {made / seconds:.0f} tokens/s]", file=sys.stderr)
+    if knobs.stats:
+        print(cache.report(len(ids) + made), file=sys.stderr)
+        expert_touch_figure("experts.png", cache.counts())
+    device = model.lm_head.weight.device
+    print(f"[{directory} on {device}: {made} tokens, {made / seconds:.3g} tokens/s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

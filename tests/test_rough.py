@@ -18,6 +18,7 @@ import rl
 import sample
 import train
 from data.io import checkpoint, cli
+from data.io import tensors as tensor_files
 from data.io.cli import UserError
 from data.io.ranks import Dist
 from data.io.run import RunFolder
@@ -142,7 +143,7 @@ def killed_at(path: Path, point: int) -> bool:
     code = 1
     try:
         checkpoint.os.replace, checkpoint.os.fsync = deadly(os.replace), deadly(os.fsync)
-        checkpoint.save_file = deadly(checkpoint.save_file)
+        tensor_files.save_file = deadly(tensor_files.save_file)
         checkpoint.shutil.rmtree = deadly(checkpoint.shutil.rmtree)
         trainer = trainer_in(path, steps=4, eval_every=2)
         trainer.folder.start({}, overwrite=True)

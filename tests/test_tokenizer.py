@@ -13,8 +13,9 @@ from data.io.checkpoint import save_weights
 from data.io.cli import UserError
 from data.text.bpe import teller
 from data.text.files import row_text
-from data.text.tokenizer import (DEEPSEEK_PATTERN, PATTERN, SHOWN, SPECIALS, Tokenizer, byte_letters, check_belongs,
-                                 load_tokenizer, main, train_bpe, with_specials)
+from data.text.foreign import DEEPSEEK_PATTERN, byte_letters
+from data.text.tokenizer import (PATTERN, SHOWN, SPECIALS, Tokenizer, check_belongs, load_tokenizer, main, train_bpe,
+                                 with_specials)
 from tests.conftest import refused
 
 POOLS = ("abcdefghij ", "  \n\t\r", "0123456789", "漢字かなカナ한", "éüßñ\u0301\u0308",
@@ -174,6 +175,21 @@ def test_transformers_gives_the_same_ids(name, tmp_path):
     messages = [{"role": "system", "content": "Short."}, *messages, {"role": "assistant", "content": "8"}]
     chat = theirs.apply_chat_template(messages, tokenize=False)
     assert chat == SPECIALS[0] + row_text({"messages": messages}) + SPECIALS[1]
+
+
+def test_a_pipeline_of_transformers_tells_thinking_and_answer_apart(base):
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    theirs = transformers.AutoTokenizer.from_pretrained(base)
+    prompt = "<｜User｜>2+2=<｜Assistant｜>"
+    for answer, wanted in (("<think>1+1=2</think><answer>4</answer>", {"thinking": "1+1=2", "content": "4"}),
+                           ("<think>for ever", {"thinking": "for ever"}), ("so 4", {"text": "so 4"})):
+        assert theirs.parse_response(answer + SPECIALS[1], prefix=prompt) == {"role": "assistant"} | wanted
+    said = theirs.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True, tokenize=False,
+                                      thinking=True)
+    assert said == SPECIALS[0] + "<｜User｜>x<｜Assistant｜><think>"
+    pipe = transformers.pipeline("text-generation", str(base))
+    out = pipe([{"role": "user", "content": "4-6="}], max_new_tokens=5)[0]["generated_text"]
+    assert [turn["role"] for turn in out] == ["user", "assistant"]
 
 
 def test_what_lies_beside_a_tokenizer_goes_on_with_it(tmp_path):

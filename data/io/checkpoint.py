@@ -5,23 +5,25 @@ views into a model; safetensors files, written whole or not at all. Nothing is e
 """
 
 import glob
-import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterable, Iterator, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
+from tqdm import tqdm
 
 from data.io.cli import UserError, nearest
+from data.io.tensors import (FP8, SCALE, TensorFile, check_codes, dequantise, file_digest, fingerprint, read_scales,
+                             write_tensors)
 
 SHARD_BYTES = 5_000_000_000  # one safetensors file holds at most this much
 MODEL_CARD = """---
@@ -37,7 +39,6 @@ each token) and {total:,} parameters, trained with plainseek.
 """
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
           "chat_template.jinja")  # files that go on with the tokenizer.json that they lie beside
-OFFSETS = "DCP_SHARDING_INFO"  # the key of torch.distributed.checkpoint's HuggingFaceStorageReader
 PRESETS = Path(__file__).parent.parent / "presets"
 
 # ------------------------------------------------------------------------------------- whole files
@@ -110,110 +111,6 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
-# ------------------------------------------------------------------- tensors that know their checksum
-
-
-def fingerprint(*parts: bytes | memoryview) -> str:
-    """16 hexadecimal digits of a sha256 over all parts, one behind the other.
-
-    >>> fingerprint(b"ab", b"c") == fingerprint(b"abc")
-    True
-    """
-    hasher = hashlib.sha256()
-    for part in parts:
-        hasher.update(part)
-    return hasher.hexdigest()[:16]
-
-
-def file_digest(path: str | Path) -> str:
-    """sha256 of a file, a megabyte in memory at a time."""
-    hasher = hashlib.sha256()
-    with open(path, "rb") as file:  # hashlib.file_digest wants Python 3.11
-        while block := file.read(1 << 20):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
-def checksum(name: str, tensor: Tensor) -> str:
-    """The fingerprint of name, dtype, shape and every bit."""
-    bits = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)  # (bytes,)
-    return fingerprint(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), bits.numpy())
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict, one_of: str = "",
-                  offsets: dict[str, list[int]] | None = None) -> None:
-    """A safetensors file with the checksum of each tensor and of the notes (JSON) in its metadata.
-
-    one_of: what all files of one set have in common; offsets: where each tensor begins in the whole one of
-    which it is a shard, noted as torch.distributed.checkpoint reads it.
-    """
-    own, memory = {}, set()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in memory:  # safetensors wants no two names for one memory
-            tensor = tensor.clone()
-        memory.add(tensor.untyped_storage().data_ptr())
-        own[name] = tensor
-    sums = {name: checksum(name, tensor) for name, tensor in own.items()}
-    metadata = {"notes": json.dumps(notes), "set": one_of}
-    if offsets is not None:
-        metadata[OFFSETS] = json.dumps({name: {"saved_offsets": offsets[name]} for name in own})
-    sums["notes"] = fingerprint(*(text.encode() for text in metadata.values()))
-    metadata = {"format": "pt", **metadata, "checksums": json.dumps(sums)}
-    save_file(own, path, metadata=metadata)
-    with open(path, "rb+") as file:  # safetensors writes metadata in any order: the same run, the same file
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = metadata
-        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(ordered) <= length:
-            file.seek(8)
-            file.write(ordered.ljust(length))
-
-
-class TensorFile:
-    """A safetensors file, ours or another's: `notes`, and tensors that are checked as they are read.
-
-    Another's has no checksums: `sums` is None, and its tensors are taken as they are.
-    Raises UserError for a file that is damaged.
-    """
-
-    def __init__(self, path: str | Path, is_ours: bool = False):
-        self.path = Path(path)
-        try:
-            self.file = safe_open(path, framework="pt")
-            metadata = self.file.metadata() or {}
-            self.sums = json.loads(metadata["checksums"]) if is_ours or "checksums" in metadata else None
-            told = [metadata[key] for key in ("notes", "set", OFFSETS) if key in metadata]
-            self.notes, self.one_of = json.loads(metadata.get("notes", "{}")), metadata.get("set", "")
-            self.offsets = json.loads(metadata.get(OFFSETS, "{}"))
-            is_whole = not self.sums or self.sums["notes"] == fingerprint(*(text.encode() for text in told))
-        except FileNotFoundError:
-            raise
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{path}: cannot be read ({type(error).__name__} {error}): "
-                            "the file is damaged or foreign") from None
-        if not is_whole:
-            raise UserError(f"{path}: its notes are damaged (checksum)")
-
-    def keys(self) -> list[str]:
-        return list(self.file.keys())
-
-    def shape(self, name: str) -> list[int]:
-        """The shape of a tensor, which is not read."""
-        return self.file.get_slice(name).get_shape()
-
-    def get(self, name: str) -> Tensor:
-        """A tensor. Raises UserError when its bits are not those that were written."""
-        try:
-            tensor = self.file.get_tensor(name)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{self.path}: {name} cannot be read: {error}") from None
-        if self.sums is not None and self.sums.get(name) != checksum(name, tensor):
-            raise UserError(f"{self.path}: {name} is damaged (checksum): take another copy of this file")
-        return tensor
-
-
 # ------------------------------------------------------------------------------------- config.json
 
 FIELDS = (  # of model.Config that config.json has under the same name; those of RoPE are read apart
@@ -225,12 +122,14 @@ FIELDS = (  # of model.Config that config.json has under the same name; those of
     "initializer_range", "bos_token_id", "eos_token_id",
 )
 ONLY = {"hidden_act": "silu", "tie_word_embeddings": False, "moe_layer_freq": 1, "mlp_bias": False,
-        "rope_interleave": True, "quantization_config": None, "index_topk": None}
+        "rope_interleave": True, "partial_rotary_factor": 1.0}
 ROPE_KEYS = {"type", "rope_type", "rope_theta", "factor", "beta_fast", "beta_slow", "mscale",
              "mscale_all_dim", "original_max_position_embeddings"}
 NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size", "num_hidden_layers",
           "num_attention_heads", "n_routed_experts", "num_experts_per_tok", "kv_lora_rank", "n_group",
           "topk_group", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")  # they decide shapes or the arithmetic
+GLM = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True,
+       "num_nextn_predict_layers": 0, "first_k_dense_replace": 3, "routed_scaling_factor": 2.5}
 ASSUMED = {  # per model_type, what holds where the file says nothing
     "deepseek_v3": {},
     "kimi_k2": {},
@@ -238,6 +137,18 @@ ASSUMED = {  # per model_type, what holds where the file says nothing
     "deepseek_v2": {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False,
                     "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0,
                     "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0},
+    "deepseek_v32": {},
+    "glm_moe_dsa": GLM,
+    "glm4_moe_lite": GLM | {"first_k_dense_replace": 1, "routed_scaling_factor": 1.8},
+}
+OTHERS = {  # published by DeepSeek or with their parts, and other architectures
+    "qwen2": "R1-Distill-Qwen models are Qwen2.5, fine-tuned on R1's answers: another architecture, which "
+             "transformers or llama.cpp run",
+    "llama": "R1-Distill-Llama models are Llama 3, fine-tuned on R1's answers: another architecture, which "
+             "transformers or llama.cpp run",
+    "deepseek": "DeepSeekMoE-16B has the experts, but not the latent attention, of V2 and later",
+    "deepseek_v4": "V4 has another attention (compressed and sparse) and other residuals than V3",
+    "kimi_k25": "K2.5 and later also see; only a model of text alone is read",
 }
 
 
@@ -249,7 +160,8 @@ def config_from_hf(values: dict) -> dict:
     """
     kind = values.get("model_type")
     if kind not in ASSUMED:
-        raise UserError(f"config.json: model_type is {kind!r}, wanted one of {', '.join(ASSUMED)}")
+        why = f" ({OTHERS[kind]})" if isinstance(kind, str) and kind in OTHERS else ""
+        raise UserError(f"config.json: model_type is {kind!r}, wanted one of {', '.join(ASSUMED)}{why}")
     for key, only in ONLY.items():
         if values.get(key, only) not in (only, None):
             raise UserError(f"config.json: {key} is {values[key]!r}, only {only!r} is supported")
@@ -259,8 +171,18 @@ def config_from_hf(values: dict) -> dict:
     for key in NEEDED:
         if values.get(key) is None and key not in ASSUMED[kind]:
             raise UserError(f"config.json: {key} is missing, wanted a number: no size is guessed")
+    if values.get("mlp_layer_types") is not None:  # the form of transformers 5
+        dense = values["mlp_layer_types"].count("dense")
+        values = values | {"first_k_dense_replace": dense}
+        if values["mlp_layer_types"] != ["dense"] * dense + ["sparse"] * (values["num_hidden_layers"] - dense):
+            raise UserError("config.json: mlp_layer_types has a dense layer behind one with experts")
     given = {key: value for key, value in values.items()
              if key in FIELDS and (value is not None or key == "q_lora_rank")}
+    if isinstance(given.get("eos_token_id"), list) and given["eos_token_id"]:
+        given["eos_token_id"] = given["eos_token_id"][0]  # all of them end an answer: see Tokenizer.stop_ids
+    context, shown = given.get("max_position_embeddings"), values.get("index_topk")
+    if isinstance(shown, int) and isinstance(context, int):  # up to so many keys sparse attention sees all
+        given["max_position_embeddings"] = min(context, shown)
     return ASSUMED[kind] | given | _rope_from_hf(values)
 
 
@@ -309,21 +231,56 @@ def config_to_hf(fields: dict) -> dict:
     }
 
 
+def config_file(directory: str | Path) -> dict:
+    """The config.json of a checkpoint directory, as it is. Raises UserError when there is none."""
+    try:
+        return read_json(Path(directory) / "config.json")
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint in {directory}: config.json is missing "
+                        "(python train.py makes one)") from None
+
+
 def load_config(directory: str | Path, make: Callable = dict):
     """What `make` (model.Config) makes of a checkpoint directory's config.json: make(**values).
 
     Raises UserError when there is none, it is another model's, or sizes do not fit together.
     """
     path = Path(directory) / "config.json"
-    try:
-        values = config_from_hf(read_json(path))
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint in {directory}: config.json is missing "
-                        "(python train.py makes one)") from None
+    values = config_from_hf(config_file(directory))
     try:
         return make(**values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+
+
+class Quantisation(NamedTuple):
+    """How the weights beside a config.json are stored."""
+
+    words: str  # "none" for plain numbers
+    block: tuple[int, int] | None = None  # of the weights that share a scale
+    is_read: bool = True
+
+    def __str__(self) -> str:
+        return self.words + " (not read)" * (not self.is_read)
+
+
+def quantisation(values: dict) -> Quantisation:
+    """What a config.json says of it. What is read is V3's FP8 and plain numbers.
+
+    >>> quantisation({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}})
+    Quantisation(words='FP8 (E4M3), a scale for each 128 x 128', block=(128, 128), is_read=True)
+    """
+    given = values.get("quantization_config")
+    if given is None:
+        return Quantisation("none")
+    given = given if isinstance(given, dict) else {"quant_method": given}
+    block = given.get("weight_block_size")
+    is_block = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    if given.get("quant_method") == "fp8" and given.get("fmt", "e4m3") == "e4m3" and is_block:
+        return Quantisation(f"FP8 (E4M3), a scale for each {block[0]} x {block[1]}", (block[0], block[1]))
+    bits = set(re.findall(r"'(?:num_)?bits': (\d+)", str(given)))
+    width = f", {' and '.join(sorted(bits))} bits" if bits else ""
+    return Quantisation(f"{given.get('quant_method')}{width}, weight_block_size {block}", is_read=False)
 
 
 def preset_names() -> tuple[str, ...]:
@@ -341,6 +298,13 @@ def load_preset(name: str) -> dict:
     if name not in names:
         raise UserError(f"preset: got {name!r}, wanted one of {', '.join(names)}{nearest(name, names)}")
     return config_from_hf(read_json(PRESETS / f"{name}.json"))
+
+
+def find_config(name: str, make: Callable) -> tuple:
+    """What `make` makes of a checkpoint directory or a preset; of a directory also how its weights are stored."""
+    if not Path(name).is_dir():
+        return make(**load_preset(name)), ""
+    return load_config(name, make), str(quantisation(config_file(name)))
 
 
 # ---------------------------------------------------------------------------------- published names
@@ -414,7 +378,7 @@ def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict
     notes = {}
     if tokenizer is not None:
         texts |= tokenizer.files(config.get("max_position_embeddings"))
-        notes["tokenizer"] = fingerprint(texts["tokenizer.json"])
+        notes["tokenizer"] = fingerprint(texts.get("tokenizer.json") or texts["tiktoken.model"])
     with ExitStack() as stack:
         for name, text in texts.items():
             stack.enter_context(written_aside(directory / name)).write_bytes(text)
@@ -424,7 +388,7 @@ def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict
         if stale.name not in (*files, *contents) and stale.is_file():
             stale.unlink()
     if tokenizer is not None:  # and of another tokenizer
-        for name in set(BESIDE) - set(texts):
+        for name in {*BESIDE, "tokenizer.json", "tiktoken.model"} - set(texts):
             (directory / name).unlink(missing_ok=True)
 
 
@@ -461,7 +425,8 @@ def note_of(directory: str | Path, key: str) -> str | None:
 def identity(directory: str | Path) -> str:
     """16 hexadecimal digits that change with the weights, the config or the tokenizer of a checkpoint."""
     directory = Path(directory)
-    files = [*directory.glob("model*.safetensors"), directory / "config.json", directory / "tokenizer.json"]
+    others = ("config.json", "tokenizer.json", "tiktoken.model")
+    files = [*directory.glob("model*.safetensors"), *(directory / name for name in others)]
     return fingerprint(*(f"{path.name} {file_digest(path)}".encode() for path in sorted(files) if path.exists()))
 
 
@@ -475,19 +440,60 @@ def has_mtp(names: Iterable[str], num_hidden_layers: int, num_nextn_predict_laye
     return not prefixes or any(name.startswith(prefixes) for name in names)
 
 
-def open_checkpoint(directory: str | Path, make: Callable):
-    """What `load_config` gives, and `open_weights`.
+def open_checkpoint(directory: str | Path, make: Callable, with_mtp: bool = True, dtype: torch.dtype | None = None):
+    """What `load_config` gives, `open_weights`, the blocks of FP8 scales (see `quantisation`), and the
+    dtype asked for, or else that of the embedding in the file, which is never FP8.
 
-    Without MTP modules where the weights have none: a line on stderr says so. Raises UserError also
-    where config and weights do not belong together.
+    Without MTP modules where the weights have none or `with_mtp` is not asked for: those of the
+    weights are not read. What no model has, as `passed_over` knows it, is left out, and a line on
+    stderr says so. Raises UserError also where config and weights do not belong together.
     """
-    config = load_config(directory, make)
+    config, values = load_config(directory, make), config_file(directory)
+    stored = quantisation(values)
+    if not stored.is_read:
+        raise UserError(f"{directory}: its weights are quantised ({stored.words}); what is read is bf16, float32 "
+                        "and V3's FP8 in blocks: take a copy of the model in one of these")
     files = open_weights(directory)
-    _check_sizes(directory, files, vars(config))
-    if not has_mtp(files, config.num_hidden_layers, config.num_nextn_predict_layers):
+    if with_mtp and not has_mtp(files, config.num_hidden_layers, config.num_nextn_predict_layers):
         print(f"{directory}: no MTP weights, loading the main model only", file=sys.stderr)
+        with_mtp = False
+    modules = config.num_nextn_predict_layers
+    if not with_mtp:
         config = replace(config, num_nextn_predict_layers=0)
-    return config, files
+    left_out, why = passed_over(files, config.num_hidden_layers, config.num_nextn_predict_layers, modules)
+    if isinstance(values.get("index_topk"), int):
+        why.append(f"texts end at {config.max_position_embeddings} tokens, where sparse attention is still dense")
+    if why:
+        print(f"{directory}: passed over {', '.join(why)}", file=sys.stderr)
+    files = {name: file for name, file in files.items() if name not in left_out}
+    _check_sizes(directory, files, vars(config))
+    first = "model.embed_tokens.weight"
+    return config, files, stored.block, dtype or (files[first].dtype(first) if first in files else torch.float32)
+
+
+def passed_over(names: Iterable[str], layers: int, modules: int, known: int) -> tuple[set[str], list[str]]:
+    """Of the names of tensors those that a model does not want, and in words what they are.
+
+    layers, modules: of the main model and of MTP; known: modules that the config has besides, which
+    are left on disk without a word.
+
+    >>> passed_over(["model.layers.0.self_attn.rotary_emb.inv_freq", "model.norm.weight"], 2, 0, 0)
+    ({'model.layers.0.self_attn.rotary_emb.inv_freq'}, ["1 of RoPE's frequencies (computed here)"])
+    """
+    kinds = {"of RoPE's frequencies (computed here)": [], "of sparse attention's indexer": [],
+             "of MTP beyond num_nextn_predict_layers": []}
+    rope, indexer, beyond = kinds.values()
+    silent = set()
+    for name in names:
+        parts = name.split(".")
+        layer = int(parts[2]) if name.startswith("model.layers.") and parts[2].isdecimal() else 0
+        if layer >= layers + modules:
+            (beyond.append if layer >= layers + known else silent.add)(name)
+        elif name.endswith("rotary_emb.inv_freq"):
+            rope.append(name)
+        elif ".indexer." in name:
+            indexer.append(name)
+    return silent.union(*kinds.values()), [f"{len(some)} {kind}" for kind, some in kinds.items() if some]
 
 
 def _check_sizes(directory: str | Path, names: dict[str, TensorFile], config: dict) -> None:
@@ -498,7 +504,7 @@ def _check_sizes(directory: str | Path, names: dict[str, TensorFile], config: di
     layers = {name.split(".")[2] for name in names if name.startswith("model.layers.")}
     experts = {name.split(".experts.")[1].split(".")[0] for name in names if ".mlp.experts." in name}
     main, mtp = config["num_hidden_layers"], config["num_nextn_predict_layers"]
-    if len(layers) not in (main, main + mtp):  # without MTP is a model, too
+    if len(layers) != main + mtp:
         raise UserError(f"{directory}: config.json has {main} layers and {mtp} of MTP, the weights {len(layers)}")
     if experts and len(experts) != config["n_routed_experts"]:
         raise UserError(f"{directory}: config.json has {config['n_routed_experts']} experts, the weights "
@@ -508,22 +514,49 @@ def _check_sizes(directory: str | Path, names: dict[str, TensorFile], config: di
         raise UserError(f"{directory}: {name} has shape {names[name].shape(name)}, config.json wants {wanted}")
 
 
-def copy_weights(directory: str | Path, files: dict[str, TensorFile], views: dict[str, Tensor]) -> None:
-    """Fill the views of `published_names` from `open_weights`, one tensor in memory at a time.
+def copy_weights(directory: str | Path, files: dict[str, TensorFile], views: dict[str, Tensor],
+                 block: tuple[int, int] | None = None) -> None:
+    """Fill the views of `published_names` from `open_weights`, a few rows in memory at a time.
 
-    A second name of one and the same view, as MTP's copies have it, is passed over wherever it is.
-    Raises UserError naming missing or unexpected tensors, or the first of another shape.
+    FP8 weights are dequantised by their scales, one for each `block`. A second name of one and the
+    same view, as MTP's copies have it, is passed over wherever it is. A terminal sees a bar. Raises
+    UserError naming missing or unexpected tensors, or the first of another shape.
     """
     first = {id(view): name for name, view in reversed(views.items())}
     copies = {name for name, view in views.items() if first[id(view)] != name}
-    wanted, found = views.keys() - copies, files.keys() - copies
+    scales = {name for name in files if name.endswith(SCALE)} if block else set()
+    if stray := sorted(name for name in scales if name.removesuffix(SCALE) not in files):
+        raise UserError(f"{directory}: {stray[0]} has no {stray[0].removesuffix(SCALE)}: a file of the checkpoint "
+                        "is missing")
+    wanted, found = views.keys() - copies, files.keys() - copies - scales
     for what, odd in (("missing", wanted - found), ("unexpected", found - wanted)):
         if odd:
             shown = sorted(odd)[:5] + ["..."] * (len(odd) > 5)
             raise UserError(f"{directory}: {len(odd)} {what} tensors: {', '.join(shown)}")
-    for name in sorted(wanted):
-        tensor, view = files[name].get(name), views[name]
-        if tensor.shape != view.shape:
-            raise UserError(f"{directory}: {name} has shape {tuple(tensor.shape)}, "
-                            f"config.json wants {tuple(view.shape)}")
-        view.copy_(tensor)
+    for name in wanted:
+        if files[name].shape(name) != list(views[name].shape):
+            raise UserError(f"{directory}: {name} has shape {tuple(files[name].shape(name))}, "
+                            f"config.json wants {tuple(views[name].shape)}")
+    total = sum(files[name].nbytes(name) for name in wanted)
+    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, delay=1, leave=False,
+              disable=not (sys.stderr and sys.stderr.isatty())) as bar:
+        for name in sorted(wanted, key=lambda name: (str(files[name].path), files[name].place(name))):
+            copy_tensor(files, name, views[name], block, bar.update)
+
+
+def copy_tensor(files: dict[str, TensorFile], name: str, view: Tensor, block: tuple[int, int] | None,
+                tell: Callable[[int], None]) -> None:
+    """Fill one view, which may be elsewhere than on the CPU; `tell(bytes)` hears of each part."""
+    file = files[name]
+    is_fp8 = file.dtype(name) == FP8
+    if is_fp8 and block is None:
+        raise UserError(f"{file.path}: {name} is FP8, and config.json has no quantization_config for it")
+    scales = read_scales(files, name, block) if is_fp8 else None  # (., .)
+    for rows, values in file.blocks(name, block[0] if is_fp8 else 1):
+        tell(values.nbytes)
+        if is_fp8:
+            check_codes(f"{file.path}: {name}", values)
+            number = torch.empty(values.shape, dtype=view.dtype)
+            dequantise(values, scales[rows.start // block[0] : -(-rows.stop // block[0])], block, number)
+            values = number
+        (view[rows] if view.ndim else view).copy_(values if view.ndim else values.squeeze(0))

@@ -171,6 +171,20 @@ def expert_domains_figure(path: str | Path, usage: dict[str, Tensor], names: lis
         load_bar(figure, image, axes, ("never", "even", "twice\nas often"))
 
 
+def expert_touch_figure(path: str | Path, counts: Tensor) -> None:
+    """Which routed experts a conversation asked for, counts (layers, E): dark ones often, white ones never."""
+    share = (counts > 0).double().mean()
+    with picture(path, f"Experts that this conversation met: {share:.0%}", (10, 1.5 + 0.12 * len(counts))) as figure:
+        axis = figure.subplots()
+        image = axis.imshow(counts.clamp(min=0).double().log1p(), aspect="auto", cmap="Blues", interpolation="nearest")
+        axis.set(xlabel="expert", ylabel="layer with experts", title="how often it was chosen")
+        highest = int(counts.max())
+        marks = sorted({0, 1, highest, round(highest**0.5)} & set(range(highest + 1)))
+        bar = figure.colorbar(image, ax=axis, ticks=[math.log1p(mark) for mark in marks], fraction=0.03)
+        bar.ax.set_yticklabels([str(mark) for mark in marks])
+        bar.outline.set_visible(False)
+
+
 def rl_figure(path: str | Path, rows: list[dict], styles: list[str]) -> None:
     """rl.png: reward, length of thought, styles, KL and entropy, dead groups, balance; over steps."""
     def column(name: str) -> list[float]:

@@ -50,10 +50,11 @@ def cache_numbers(config: dict) -> dict[str, int]:
             f"GQA, {groups} groups": 2 * groups * D * L, "MHA": 2 * H * D * L}
 
 
-def portrait(name: str, config: dict, state: dict[str, Tensor], flops: float) -> str:
+def portrait(name: str, config: dict, state: dict[str, Tensor], flops: float, stored: str = "") -> str:
     """The printed self-portrait: tensors with shapes, parameters, FLOPs, cache, memory.
 
     flops: per token, in a text of 4096 tokens or of the whole context where that is shorter.
+    stored: of a checkpoint, how its weights are quantised.
     """
     counts = parameter_counts(state, config)
     L, T = config["num_hidden_layers"], min(4096, config["max_position_embeddings"])
@@ -76,6 +77,7 @@ def portrait(name: str, config: dict, state: dict[str, Tensor], flops: float) ->
         lines.append(f"cache per token       {2 * numbers:,} bytes in bf16 with {kind}")
     lines.append(f"memory to train       {si(16 * counts['total'])}B  (float32 weight, gradient, "
                  "two AdamW moments; activations come on top)")
+    lines += [f"quantisation          {stored}"] * bool(stored)
     return "\n".join(lines)
 
 
@@ -139,13 +141,23 @@ def parameters_on_paper(config: dict) -> int:
     return main + c.num_nextn_predict_layers * (attention + moe + 2 * C * C + 3 * C)
 
 
-def check_memory(config: dict, bytes_each: int = 4) -> None:
-    """Raises UserError when weights of these sizes are more than this machine's memory."""
+def check_memory(config: dict, bytes_each: int = 4, expert_cache: int | None = None) -> None:
+    """Raises UserError when weights of these sizes are more than this machine's memory.
+
+    expert_cache: routed experts stay on disk but for so many bytes.
+    """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not every system tells
         return
-    wanted = bytes_each * parameters_on_paper(config)
+    wanted, hint = bytes_each * parameters_on_paper(config), "a smaller preset, or other sizes"
+    if expert_cache is None:
+        hint += "; of a checkpoint, sample.py --experts disk leaves experts where they are"
+    else:
+        c = SimpleNamespace(**config)
+        layers = max(0, c.num_hidden_layers - c.first_k_dense_replace) + c.num_nextn_predict_layers
+        experts = 3 * c.hidden_size * c.moe_intermediate_size * c.n_routed_experts * layers
+        wanted -= max(0, bytes_each * experts - expert_cache)
+        hint = "a smaller --expert_cache"
     if wanted > memory:
-        raise UserError(f"config: its weights are {si(wanted)}B, this machine has {si(memory)}B: "
-                        "a smaller preset, or other sizes")
+        raise UserError(f"config: its weights are {si(wanted)}B, this machine has {si(memory)}B: {hint}")

@@ -26,8 +26,8 @@ from data.io.state import SavedState, load_state, save_state, saved_states, stat
 # ---------------------------------------------------------------------------------- the run folder
 
 MADE = ("state-*", "at-*", "model*.safetensors*", "config.json", "generation_config.json", "tokenizer*.json",
-        "special_tokens_map.json", "chat_template.jinja", "*.png", "answers.txt", "report.*",
-        "README.md")  # by a run, in its folder
+        "special_tokens_map.json", "chat_template.jinja", "tiktoken.model", "tokenization_*.py", "*.png",
+        "answers.txt", "report.*", "README.md")  # by a run, in its folder
 
 
 @dataclass

@@ -17,9 +17,10 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 
-from data.io.checkpoint import TensorFile, fingerprint, read_json, write_json, write_tensors, written_aside
+from data.io.checkpoint import read_json, write_json, written_aside
 from data.io.cli import UserError
 from data.io.ranks import Dist, local
+from data.io.tensors import TensorFile, fingerprint, write_tensors
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], notes: dict, world: Dist) -> None:

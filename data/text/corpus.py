@@ -228,6 +228,8 @@ class Encoded:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
+        if bos is None:
+            raise UserError(f"tokenizer {self.tokenizer.name}: it has no begin token, which documents begin with")
         while batch := list(itertools.islice(self.documents, 2_000)):
             raw = "".join(text for _, text in batch).encode("utf-8", "replace")
             self.size += len(raw)

@@ -239,5 +239,5 @@ def eval_batches(file: TokenFile, seq_len: int, batch: int,
 def opening(tokens: list[int], tokenizer, length: int = 12) -> list[int]:
     """The beginning of the first document that begins in `tokens`; of a dialogue, the question."""
     start = tokens.index(tokenizer.bos_id) if tokenizer.bos_id in tokens else 0
-    head, assistant = tokens[start : start + 64], tokenizer.specials[ASSISTANT]
+    head, assistant = tokens[start : start + 64], tokenizer.specials.get(ASSISTANT)
     return head[: head.index(assistant) + 1] if assistant in head else head[:length]

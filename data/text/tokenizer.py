@@ -4,53 +4,55 @@
     python train.py --tokenizer my/tokenizer ...                 and use it
 """
 
-import base64
 import json
 from contextlib import ExitStack
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterable
 
+import regex
 import tiktoken
 
-from data.io.checkpoint import BESIDE, fingerprint, note_of, written_aside
+from data.io.checkpoint import BESIDE, fingerprint, note_of, read_json, written_aside
 from data.io.cli import UserError, nearest, run_main
 from data.tasks.task import ASSISTANT, BOS, EOS, TAGS, USER
 from data.text.bpe import PATTERN, teller, train_bpe
 from data.text.files import folder_documents
+from data.text.foreign import VOCABULARIES, Parts, byte_letters, read_parts, read_ranks
 
 SPECIALS = (BOS, EOS, "<｜▁pad▁｜>", USER, ASSISTANT, *TAGS,
             *(f"<｜reserved▁{i}｜>" for i in range(7)))
 SHOWN = {USER, ASSISTANT, *TAGS}  # of them what a reader sees: not special to Hugging Face
-HIGHEST_ID = (1 << 24) - 1  # a higher one is damage, and would want an embedding of its size
 RANK_FILE = Path(__file__).with_name("plainseek.tiktoken")  # train_bpe's, on "local", code twice
 
-# DeepSeek's three splits (digits, CJK runs, words) as one alternation: each class has to treat what
-# the earlier splits cut out as a border, or ids differ.
-CJK = "\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff"
-DEEPSEEK_PATTERN = "|".join((
-    r"\p{N}{1,3}",
-    rf"[{CJK}]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
-    rf"[^\r\n\p{{L}}\p{{P}}\p{{S}}\p{{N}}{CJK}]?[\p{{L}}\p{{M}}&&[^{CJK}]]+",
-    rf" ?[\p{{P}}\p{{S}}&&[^{CJK}]]+[\r\n]*",
-    r"\s*[\r\n]+",
-    rf"\s+(?![^\s\p{{N}}{CJK}])",
-    r"\s+",
-    rf"[^\s\p{{L}}\p{{M}}\p{{N}}\p{{P}}\p{{S}}]+(?![\p{{L}}\p{{M}}&&[^{CJK}]])",
-))
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
     "{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content }}{{ eos_token }}"
     "{% else %}{{ m.content }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>{% endif %}")
+    "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>"
+    "{% if thinking is defined %}{{ '<think>' if thinking else '<think></think>' }}{% endif %}"
+    "{% endif %}")
+
+RESPONSE_TEMPLATE = {  # by which transformers 5 tells thinking and answer apart; text is what is neither
+    "version": 1, "defaults": {"role": "assistant"}, "start_anchor": ASSISTANT,
+    "fields": {"thinking": {"open": TAGS[0], "close": [TAGS[1], EOS]},
+               "content": {"open": TAGS[2], "close": [TAGS[3], EOS]}, "text": {"close": EOS}}}
+V32_TEMPLATE = (  # V3.2 publishes Python (encoding_dsv32.py) and no template: V3.1's form
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+    "{% elif m.role == 'assistant' %}<｜Assistant｜></think>"
+    "{{ m.content.split('</think>', 1)[-1] }}{{ eos_token }}"
+    "{% else %}{{ m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>"
+    "{{ '<think>' if thinking else '</think>' }}{% endif %}")
 
 
 class Tokenizer:
     """Text to ids and back: rank = id = order of merging; the ids of `specials` come after.
 
     (In DeepSeek's files also before.) `source` holds the files that it was read from, if any: names
-    and bytes of tokenizer.json and of what lay beside it.
+    and bytes of the vocabulary and of what lay beside it.
 
     >>> tokenizer = load_tokenizer("plainseek:1024")
     >>> tokenizer.decode(tokenizer.encode("12+30"))
@@ -59,26 +61,49 @@ class Tokenizer:
     (5, True)
     """
 
-    def __init__(self, name: str, ranks: dict[bytes, int], pattern: str, specials: dict[str, int],
-                 source: dict[str, bytes] | None = None):
-        self.name, self.ranks, self.pattern = name, ranks, pattern
-        self.specials, self.source = specials, source or {}
-        self.encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens=specials)
+    def __init__(self, name: str, parts: Parts, source: dict[str, bytes] | None = None):
+        self.name, self.source, self.ranks, self.specials = name, source or {}, parts.ranks, parts.specials
+        self.pattern = parts.steps or parts.pattern  # what ids depend on besides ranks and specials
+        self.encoding = tiktoken.Encoding(name, pat_str=parts.pattern, mergeable_ranks=self.ranks,
+                                          special_tokens=self.specials)
         self.vocab_size = self.encoding.n_vocab
-        self.bos_id, self.eos_id = specials[SPECIALS[0]], specials[SPECIALS[1]]
-        self._known = {*ranks.values(), *specials.values()}
+        self.begin, self.end = parts.begin, parts.end  # how their special tokens are spelled
+        self.bos_id, self.eos_id = self.specials.get(parts.begin), self.specials[parts.end]
+        self.stop_ids = parts.stop_ids
+        self._split, self._ids_of = parts.split, lru_cache(1 << 16)(self.encoding.encode_ordinary)
+        self._special = regex.compile("|".join(sorted(map(regex.escape, self.specials), key=len, reverse=True)))
+        self._known = {*self.ranks.values(), *self.specials.values()}
+
+    @property
+    def opening(self) -> list[int]:
+        """The ids in front of a document: the begin token, where there is one."""
+        return [] if self.bos_id is None else [self.bos_id]
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: text that spells a special token does not become one."""
-        return self.encoding.encode_ordinary(text)
+        if self._split is None:
+            return self.encoding.encode_ordinary(text)
+        return [i for piece in self._split(text) for i in self._ids_of(piece)]
 
     def encode_trusted(self, text: str) -> list[int]:
         """Ids of text that we wrote ourselves, special tokens recognised."""
-        return self.encoding.encode(text, allowed_special="all")
+        if self._split is None:
+            return self.encoding.encode(text, allowed_special="all")
+        ids = ([self.specials[part]] if part in self.specials else self.encode(part) for part in self.spelled(text))
+        return [i for some in ids for i in some]
+
+    def spelled(self, text: str) -> list[str]:
+        """A text cut into special tokens, as they are spelled, and the texts between them."""
+        parts, end = [], 0
+        for match in self._special.finditer(text):
+            parts += [text[end : match.start()], match[0]]
+            end = match.end()
+        return [part for part in (*parts, text[end:]) if part]
 
     def encode_batch(self, texts: list[str], trusted: bool = False) -> list[list[int]]:
-        """Many texts at once, on several threads."""
+        """Many texts at once, on several threads where tiktoken splits them."""
+        if self._split is not None:
+            return [self.encode_trusted(text) if trusted else self.encode(text) for text in texts]
         allowed = "all" if trusted else set()
         return self.encoding.encode_batch(texts, allowed_special=allowed, disallowed_special=())
 
@@ -93,15 +118,35 @@ class Tokenizer:
         """Text of the ids; broken characters become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    @property
+    def chat_template(self) -> str | None:
+        """How messages become one text, in jinja: the source's own, else ours where it has the tokens.
+
+        Raises UserError for a template that is no text.
+        """
+        config = json.loads(self.source.get("tokenizer_config.json", b"{}"))
+        given = self.source.get("chat_template.jinja", b"").decode("utf-8", "replace") or config.get("chat_template")
+        if isinstance(given, list):  # several, each with a name
+            given = {row.get("name"): row.get("template") for row in given if isinstance(row, dict)}.get("default")
+        if given is None and {USER, ASSISTANT} <= set(self.specials):
+            return V32_TEMPLATE if self.source else CHAT_TEMPLATE
+        if not isinstance(given, str | None):
+            raise UserError(f"tokenizer {self.name}: its chat_template is a {type(given).__name__}, wanted a text")
+        return given
+
     def files(self, context: int | None = None) -> dict[str, bytes]:
         """Names and contents of what transformers.AutoTokenizer and generate read; it gives equal ids.
 
         `context` is the model's longest sequence. What the tokenizer was read from goes on unchanged.
         """
-        pad = SPECIALS[2] if SPECIALS[2] in self.specials else EOS
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": True,
-                  "clean_up_tokenization_spaces": False, "bos_token": BOS, "eos_token": EOS,
-                  "pad_token": pad, "chat_template": CHAT_TEMPLATE}
+        pad = SPECIALS[2] if SPECIALS[2] in self.specials else self.end
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.begin is not None,
+                  "clean_up_tokenization_spaces": False, "bos_token": self.begin, "eos_token": self.end,
+                  "pad_token": pad}
+        if self.chat_template is not None:
+            config["chat_template"] = self.chat_template
+        if not self.source:
+            config["response_template"] = RESPONSE_TEMPLATE
         if context:
             config["model_max_length"] = context
         generation = {"bos_token_id": self.bos_id, "eos_token_id": self.eos_id,
@@ -121,7 +166,7 @@ class Tokenizer:
         with ExitStack() as stack:
             for name, content in files.items():
                 stack.enter_context(written_aside(Path(directory) / name)).write_bytes(content)
-        for name in set(BESIDE) - set(files):
+        for name in {*BESIDE, *VOCABULARIES} - set(files):
             (Path(directory) / name).unlink(missing_ok=True)
 
     def _to_json(self) -> dict:
@@ -158,24 +203,21 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
 
     `plainseek` (4096 ids) or `plainseek:1024` (the first merges of the same file, 16 specials at
     the end), `gpt2`, `cl100k` (tiktoken downloads these once), or a directory or file with a
-    tokenizer.json. Raises UserError when there is none or it is of a kind that is not known.
+    tokenizer.json or tiktoken.model. Raises UserError when there is none or it is of a kind that is
+    not known.
     """
     name, _, size = str(source).partition(":")
     path = Path(source)
     try:
-        path = path / "tokenizer.json" if path.is_dir() else path
+        if path.is_dir():
+            there = [path / vocabulary for vocabulary in VOCABULARIES if (path / vocabulary).exists()]
+            path = there[0] if there else path / VOCABULARIES[0]
         if path.exists():
-            beside = [path.with_name(name) for name in BESIDE] if path.name == "tokenizer.json" else []
-            files = {"tokenizer.json": path.read_bytes()}
-            noted = note_of(path.parent, "tokenizer") if beside else None
-            if noted not in (None, fingerprint(files["tokenizer.json"])):
-                raise UserError(f"{path}: is not the tokenizer that the weights beside it were saved with")
-            files |= {file.name: file.read_bytes() for file in beside if file.exists()}
-            return _from_json(files, str(source))
+            return _from_file(path, str(source))
     except UserError:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
-            RecursionError) as error:
+            RecursionError, regex.error) as error:
         raise UserError(f"tokenizer {path}: cannot be used ({repr(error)[:200]}), "
                         "wanted a byte-level BPE") from None
     if name == "plainseek":
@@ -187,11 +229,27 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
                     f"or a place with a tokenizer.json{nearest(name, known)}")
 
 
+def _from_file(path: Path, name: str) -> Tokenizer:
+    """The tokenizer of a vocabulary and of what lies beside it, which goes on with it."""
+    is_known = path.name in VOCABULARIES
+    main = path.name if is_known else VOCABULARIES[0]
+    files = {main: path.read_bytes()}
+    beside, config = [], path.with_name("config.json")
+    if is_known:
+        beside = [*(path.with_name(other) for other in BESIDE), *path.parent.glob("tokenization_*.py")]
+        noted = note_of(path.parent, "tokenizer")
+        if noted not in (None, fingerprint(files[main])):
+            raise UserError(f"{path}: is not the tokenizer that the weights beside it were saved with")
+    files |= {file.name: file.read_bytes() for file in beside if file.exists()}
+    of_model = read_json(config) if is_known and config.exists() else {}
+    return Tokenizer(name, read_parts(files, of_model, (BOS, EOS)), files)
+
+
 def with_specials(name: str, ranks: dict[bytes, int], pattern: str, first: int,
                   more: dict[str, int]) -> Tokenizer:
     """A tokenizer whose 16 reserved tokens have the ids from `first` on."""
     specials = more | {token: first + i for i, token in enumerate(SPECIALS)}
-    return Tokenizer(name, ranks, pattern, specials)
+    return Tokenizer(name, Parts(ranks, pattern, specials, BOS, EOS, [specials[EOS]]))
 
 
 def _plainseek(size: str) -> Tokenizer:
@@ -199,8 +257,7 @@ def _plainseek(size: str) -> Tokenizer:
     if not size.isdecimal() or len(size) > 4 or not least <= int(size) <= 4096:
         raise UserError(f"tokenizer: plainseek:{size}, wanted a size from {least} to 4096")
     count = int(size) - len(SPECIALS)
-    lines = RANK_FILE.read_bytes().splitlines()[:count]  # "token in base64, rank", as tiktoken's
-    ranks = {base64.b64decode(line.split()[0]): rank for rank, line in enumerate(lines)}
+    ranks = read_ranks(RANK_FILE.read_bytes().splitlines()[:count])
     return with_specials(f"plainseek:{size}", ranks, PATTERN, count, {})
 
 
@@ -214,50 +271,6 @@ def _from_tiktoken(name: str) -> Tokenizer:
                          encoding._special_tokens)
 
 
-def _from_json(files: dict[str, bytes], name: str) -> Tokenizer:
-    values, *others = (json.loads(text.decode("utf-8")) for file, text in files.items()
-                       if file.endswith(".json"))
-    if not all(isinstance(value, dict) for value in others):
-        raise ValueError("what lies beside it is no JSON object")
-    steps = values["pre_tokenizer"].get("pretokenizers", [values["pre_tokenizer"]])
-    patterns = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"]
-    if len(patterns) == 3 and patterns[0] == r"\p{N}{1,3}":
-        pattern = DEEPSEEK_PATTERN
-    elif len(patterns) == 1:
-        pattern = patterns[0]
-    else:
-        raise ValueError(f"its {len(patterns)} splitting patterns are not known here")
-    vocab = values["model"]["vocab"]
-    merges = values["model"]["merges"]  # pairs, or both in one text with a space between
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in merges)
-    order = [vocab[left + right] for left, right in pairs]
-    if order != sorted(order):
-        raise ValueError("its ids are not in the order of its merges")
-    specials = {token["content"]: token["id"] for token in values["added_tokens"]}
-    if missing := [token for token in SPECIALS[:2] if token not in specials]:
-        raise ValueError(f"it lacks {missing[0]}")
-    bytes_of = {letter: byte for byte, letter in byte_letters().items()}
-    ranks = {bytes(map(bytes_of.get, token)): rank
-             for token, rank in vocab.items() if token not in specials}
-    check_ids(ranks, specials, set(order))
-    return Tokenizer(name, ranks, pattern, specials, files)
-
-
-def check_ids(ranks: dict[bytes, int], specials: dict[str, int], merged: set[int]) -> None:
-    """Raises ValueError for what tiktoken would end the program for, or what damage has left."""
-    seen = set()
-    for token, i in (ranks | specials).items():
-        if type(i) is not int or not 0 <= i <= HIGHEST_ID or not token:
-            raise ValueError(f"the id of {token!r} is {i!r}, wanted 0 to {HIGHEST_ID}")
-        if i in seen:
-            raise ValueError(f"two tokens have the id {i}")
-        if len(token) > 1 and token not in specials and i not in merged:
-            raise ValueError(f"no merge makes {token!r}")
-        seen.add(i)
-    if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
-        raise ValueError(f"it lacks the byte {missing[0]}")
-
-
 def check_belongs(tokenizer: Tokenizer, sizes) -> None:
     """Raises UserError when a tokenizer that lies beside a model is another model's.
 
@@ -268,18 +281,10 @@ def check_belongs(tokenizer: Tokenizer, sizes) -> None:
     if tokenizer.vocab_size > sizes.vocab_size:
         raise UserError(f"{name} got {tokenizer.vocab_size} ids, wanted at most vocab_size {sizes.vocab_size}")
     bos, eos = sizes.bos_token_id, sizes.eos_token_id
-    pairs = (("begin", tokenizer.bos_id, "bos", bos), ("end", tokenizer.eos_id, "eos", eos))
-    for mark, ours, key, theirs in pairs:
-        if theirs is not None and ours not in (theirs if isinstance(theirs, list) else [theirs]):
-            raise UserError(f"{name} its {mark} token has the id {ours}, wanted {key}_token_id {theirs}")
-
-
-def byte_letters() -> dict[int, str]:
-    """The printable letter of each byte in Hugging Face's files: itself, or one from U+0100 on."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    letters = {byte: chr(byte) for byte in shown}
-    return letters | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    if None not in (bos, tokenizer.bos_id) and bos != tokenizer.bos_id:
+        raise UserError(f"{name} its begin token has the id {tokenizer.bos_id}, wanted bos_token_id {bos}")
+    if eos is not None and not set(tokenizer.stop_ids) & set(eos if isinstance(eos, list) else [eos]):
+        raise UserError(f"{name} its end token has the id {tokenizer.eos_id}, wanted eos_token_id {eos}")
 
 
 def main(argv: list[str]) -> None:
