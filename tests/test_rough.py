@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rl
 import sample
 import train
-from data.io import checkpoint, cli
+from data.io import checkpoint, cli, tensors
 from data.io.cli import UserError
 from data.io.run import RunFolder
 from model import Config, Transformer
@@ -138,7 +138,7 @@ def killed_at(path: Path, point: int) -> bool:
     code = 1
     try:
         checkpoint.os.replace, checkpoint.os.fsync = deadly(os.replace), deadly(os.fsync)
-        checkpoint.save_file = deadly(checkpoint.save_file)
+        tensors.save_file = deadly(tensors.save_file)
         checkpoint.shutil.rmtree = deadly(checkpoint.shutil.rmtree)
         trainer = trainer_in(path, steps=4, eval_every=2)
         trainer.folder.start({}, overwrite=True)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from data.io import checkpoint
+from data.io import checkpoint, tensors
 from data.io.checkpoint import write_json, written_aside
 from data.io.cli import UserError
 from data.io.run import Loop, RunFolder, StopSignal, load_state, minutes, peak_memory
@@ -142,13 +142,13 @@ def test_weights_come_back_from_shards_and_later_saves_leave_nothing_stale(tmp_p
 def test_a_disk_that_fills_while_a_late_shard_is_written(tmp_path, monkeypatch):
     checkpoint.save_weights(tmp_path, tensors_of(0), {"seed": 0}, 400)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    real, calls = checkpoint.save_file, []
+    real, calls = tensors.save_file, []
 
     def fills(tensors, path, metadata):
         calls.append(path)
         full() if len(calls) == 3 else real(tensors, path, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", fills)
+    monkeypatch.setattr(tensors, "save_file", fills)
     with pytest.raises(UserError, match="No space left"):
         checkpoint.save_weights(tmp_path, tensors_of(1), {"seed": 1}, 400)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
