@@ -345,7 +345,8 @@ def value_and_gradients(function: Callable, inputs: list) -> list[Tensor]:
 
 def error(got: Tensor, exact: Tensor) -> float:
     """The largest difference relative to the largest value."""
-    return float((got.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
+    got, exact = got.detach().double(), exact.detach()
+    return float((got - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
 
 
 def with_mtp(losses: dict[str, Tensor]) -> Tensor:
