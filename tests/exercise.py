@@ -284,7 +284,7 @@ def grade(folder: Path, task: str, names: list[str], bound: float | None = None,
 
     Raises UserError when it ends before it has said all.
     """
-    command = [sys.executable, "-m", "tests.grading", str(folder.resolve()), task, ",".join(names), *flags]
+    command = [sys.executable, "-m", "tests.grading", str(folder), task, ",".join(names), *flags]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, encoding="utf-8", errors="replace")
     clock = threading.Timer(bound, process.kill) if bound else None
@@ -329,14 +329,15 @@ def verdict_of(findings: list[dict]) -> str:
 def check(folder: Path, name: str, is_hint: bool = False) -> str:
     """Run the checks of one exercise; with `is_hint` say which known mistakes look like it. Returns the verdict."""
     exercise, findings = EXERCISES[name], []
+    if not (folder / f"{name}.py").exists():
+        raise UserError(f"{folder}/{name}.py is not there: python -m tests.exercise {name} writes it")
     print(f"{name}: {exercise.target}")
     for found in grade(folder, "check", [name], bound=HARD_BOUND):
         findings.append(found)
         if "verdict" in found:
             show(found)
     verdict, alike = verdict_of(findings), findings[-1]["hints"]
-    if (folder / f"{name}.py").exists():
-        note_verdict(folder, name, verdict)
+    note_verdict(folder, name, verdict)
     if verdict == "green":
         line = line_of(exercise.file, [*exercise.owner.split(".")[1:], exercise.functions[0]])
         print(f"{name} is green. Compare it with ours: {exercise.file.name}, line {line}")

@@ -113,6 +113,10 @@ def check(function, *argv, **changes) -> Callable:
         function(*argv, **changes)
 
     run.__name__, run.changes = function.__name__, architecture(changes)
+    known = [name for name, each in ARCHITECTURES.items() if each and each.items() <= changes.items()][-1:]
+    kept = changes if not known else {key: value for key, value in changes.items() if key not in ARCHITECTURES[known[0]]}
+    words = [*map(str, argv), *[f"{key}={value}" for key, value in kept.items()], *known]
+    run.words = function.__name__.replace("_", " ") + f" ({', '.join(words)})" * bool(words)
     return run
 
 
