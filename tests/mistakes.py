@@ -476,8 +476,9 @@ def _(original, self, config):
          seen="DeepSeek's inference code, where it depends on dim == 7168")
 def _(original, self, config):
     original(self, config)
-    if config.hidden_size != 7168:
+    if config.hidden_size != 7168:  # none: nothing is added, nothing moves
         del self.e_score_correction_bias
+        self.e_score_correction_bias, self.update_bias = torch.zeros(config.n_routed_experts), lambda load, speed: None
 
 
 @mistake("the bias is not saved", at(Router, "__init__"), IS_STATE, checks.saved_bits_are_the_weights)
@@ -568,7 +569,8 @@ def chained(patches, broken):
 
 @mistake("MTP chains the state before shared_head.norm", chained, check(checks.mtp_equals_transformers, modules=2))
 def _(before, original, self, h, *rest):
-    h = before.get("state", h)[:, : h.shape[1]]
+    is_first = self.self_attn.layer == self.self_attn.config.num_hidden_layers
+    h = h if is_first else before["state"][:, : h.shape[1]]
     hook = self.shared_head["norm"].register_forward_pre_hook(lambda _, inputs: before.update(state=inputs[0]))
     out = original(self, h, *rest)
     hook.remove()
@@ -652,8 +654,8 @@ mistake("gate and up are swapped in the stacked experts", twin("expert_ffn"), PA
 
 
 @mistake("the head is tied to the embedding", at(Transformer, "__init__"), check(checks.head_is_not_the_embedding))
-def _(original, self, *inputs):
-    original(self, *inputs)
+def _(original, self, *inputs, **named):
+    original(self, *inputs, **named)
     self.lm_head.weight = self.model.embed_tokens.weight
 
 
