@@ -20,6 +20,7 @@ import json
 import math
 import random
 import statistics
+import sys
 import tempfile
 import textwrap
 import time
@@ -85,14 +86,14 @@ def batch(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, targets
 
 
-def train_small(mistake: Mistake | None, changes: dict, seed: int, steps: int = STEPS) -> Run:
+def train_small(mistake: Mistake | None, changes: dict, seed: int) -> Run:
     """One run with the mistake in, or a healthy one. Whatever it raises is part of what is seen."""
     run = Run()
     with Patches() as patches:
         try:
             if mistake:
                 mistake.put_in(patches)
-            follow(run, changes, seed, steps)
+            follow(run, changes, seed, STEPS)
         except Exception as error:
             run.error = f"{type(error).__name__} in step {len(run.ce) + 1}: {' '.join(str(error).split())[:100]}"
     return run
@@ -284,24 +285,31 @@ def jobs() -> list[tuple[int, str, int]]:
     return healthy + [(i, each, seed) for (i, each), seed in product(enumerate(architectures, 1), SEEDS)]
 
 
+def read_runs(path: Path) -> dict[tuple, Run]:
+    """What an earlier call has written down; a last line that was cut short is left out."""
+    found = {}
+    with suppress(FileNotFoundError, ValueError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            found[tuple(row["job"])] = Run(**row["run"])
+    return found
+
+
 def measure(out: str) -> dict[tuple, Run]:
-    """All runs, on every core; each is written down when it is done, and found there by a second call."""
+    """All runs, on every core; each is written down when it is done, so that a second call goes on."""
     path = Path(out) / "table.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {}
-    if path.exists():
-        with suppress(ValueError):  # a last line that was cut short
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                found[tuple(row["job"])] = Run(**row["run"])
+    found = read_runs(path)
     left = [job for job in jobs() if job not in found]
+    text = "".join(json.dumps({"job": job, "run": asdict(run)}) + "\n" for job, run in found.items())
+    path.write_text(text, encoding="utf-8")
     with path.open("a", encoding="utf-8") as file, get_context("spawn").Pool() as pool:
         for done, row in enumerate(pool.imap_unordered(one_run, left), 1):
             file.write(json.dumps(row) + "\n")
             file.flush()
             found[tuple(row["job"])] = Run(**row["run"])
-            print(f"\r{done} of {len(left)} runs", end="", flush=True)
-    print()
+            print(f"\r{done} of {len(left)} runs", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     return found
 
 
