@@ -88,7 +88,8 @@ def layer_names(paths: list[str], layers: float = math.inf) -> list[str]:
     return [f"layer {n}" if n < layers else f"MTP {n - layers + 1}" for n in numbers]
 
 
-def loss_figure(path: str | Path, rows: list[dict], uniform: float) -> None:
+def loss_figure(path: str | Path, rows: list[dict], uniform: float,
+                title: str = "Learning: loss of every kind of text") -> None:
     """loss.png: loss of every domain on validation text and, dashed, on training text.
 
     rows of log.csv with columns tokens, val_<domain>, train_<domain>, val_mtp; uniform = ln V.
@@ -96,7 +97,7 @@ def loss_figure(path: str | Path, rows: list[dict], uniform: float) -> None:
     rows = [row for row in rows if row.get("val_mtp")]
     x = [float(row["tokens"]) / 1e6 for row in rows]
     domains = [key[4:] for key in rows[0] if key.startswith("val_") and key != "val_mtp"]
-    with picture(path, "Learning: loss of every kind of text", (9, 5.2)) as figure:
+    with picture(path, title, (9, 5.2)) as figure:
         axis, ends = figure.subplots(), []
         for domain, color in zip([*domains, "mtp"], [*COLORS[: len(domains)], GREY]):
             y = [float(row["val_" + domain]) for row in rows]
