@@ -22,7 +22,7 @@ from tests.claims.fitness import fitness
 
 RECIPES = {  # flags of train.py and of rl.py
     "now": ("", ""),
-    "before": ("--steps 1000 --tokens_per_step 4096 --lr 2e-3",
+    "before": ("--steps 1000 --tokens_per_step 4096 --lr 2e-3 --micro_batch 32",
                "--steps 100 --lr 1e-4 --constant_until 1"),
 }
 HEAD = f"{'':14}{'train.py':>10}{'rl.py':>10}{'steps, works, answers of the base':>36}{'policy pass@1':>20}{'length':>8}"
