@@ -525,7 +525,7 @@ def pattern(exercise: Exercise, put: Callable) -> dict | str:
     with Patches() as patches:
         try:
             put(patches)
-            with bounded(SECONDS // 4):
+            with bounded(max(1, SECONDS // 4)):
                 return outcome(GRADINGS[exercise.name])
         except Exception as error:
             return type(error).__name__
@@ -534,7 +534,7 @@ def pattern(exercise: Exercise, put: Callable) -> dict | str:
 def distance(got: dict | str, other: dict | str, ours: dict) -> float:
     """Between two errors: 0 when `got` is wrong just as `other` is, 1 when it is no nearer to it than to ours."""
     if isinstance(got, str) or isinstance(other, str):
-        return 0.0 if got == other else math.inf
+        return math.inf  # an error speaks for itself
     shape = lambda x: None if x is None else x.shape
     if any(shape(got[name]) != shape(other[name]) for name in ours):
         return math.inf
