@@ -253,12 +253,29 @@ def draw_training(folder: Path, rows: list[dict], vocab_size: int, loads: list[T
             expert_domains_figure(folder / "expert_domains.png", usage, names)
 
 
+def story_figure(path: str | Path, rows: list[dict]) -> None:
+    """story.png: the share of right answers and the length of thought, over the steps of a run."""
+    def column(name: str) -> list[float]:
+        return [float(row[name] or "nan") for row in rows]
+
+    steps = column("step")
+    with picture(path, "Rewarded for right answers only, it learns to think", (11, 4.2)) as figure:
+        right, thought = figure.subplots(1, 2)
+        right.plot(steps, column("accuracy"), color=COLORS[0], linewidth=2.5)
+        right.set(title="share of right answers", xlabel="step", ylim=(0, 1.05), yticks=QUARTERS)
+        thought.plot(steps, column("length"), color=COLORS[1], linewidth=2.5)
+        thought.set(title="length of an answer in tokens", xlabel="step", ylim=(0, None))
+        for axis in (right, thought):
+            axis.grid(axis="y")
+
+
 def draw_rl(folder: Path, rows: list[dict], styles: list[str], loads: list[Tensor],
             paths: list[str]) -> None:
-    """The pictures of a run of RL: rl.png and expert_load.png.
+    """The pictures of a run of RL: story.png, rl.png and expert_load.png.
 
     rows of log.csv; loads (MoE layers, E) of every update; paths of the layers, MTP's last.
     """
+    story_figure(folder / "story.png", rows)
     rl_figure(folder / "rl.png", rows, styles)
     if loads and len(loads[0]):
         x, names = list(range(1, len(loads) + 1)), layer_names(paths[: len(loads[0])])
