@@ -378,7 +378,7 @@ def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict
     notes = {}
     if tokenizer is not None:
         texts |= tokenizer.files(config.get("max_position_embeddings"))
-        notes["tokenizer"] = fingerprint(texts.get("tokenizer.json") or texts["tiktoken.model"])
+        notes["tokenizer"] = fingerprint(texts["tokenizer.json" if "tokenizer.json" in texts else "tiktoken.model"])
     with ExitStack() as stack:
         for name, text in texts.items():
             stack.enter_context(written_aside(directory / name)).write_bytes(text)
