@@ -5,6 +5,8 @@ read the prompts, draw, write down, step. It is also the rollout engine of rl.py
 
     python sample.py "Once upon a time"     continue a text with the newest checkpoint below out/
     python sample.py --chat "4-6+3="        ask a question in the template that rl.py trains on
+    python sample.py --chat                 talk with it, its thoughts before your eyes
+    python sample.py --serve                DeepSeek's API and a page at http://127.0.0.1:8000
 """
 
 import codecs
@@ -14,6 +16,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -26,6 +29,10 @@ from data.io.cli import Knobs, UserError, knob, parse_flags, pick_device, run_ma
 from data.io.experts import ExpertCache, parse_size
 from data.io.plot import expert_touch_figure
 from data.io.run import newest_run
+from data.talk.console import Console
+from data.talk.engine import Engine
+from data.talk.knobs import TalkKnobs
+from data.talk.reply import budget_of, think_within
 from data.text.chat import chat_ids
 from data.text.tokenizer import Tokenizer, check_belongs, load_tokenizer
 from kernels import at_least_float32
@@ -305,6 +312,11 @@ class Decoder:
         return ((asked.row, [token for token in made if token >= 0], not is_alive)
                 for asked, (is_alive, _, _, *made) in zip(batch.asked, found) if max(made, default=-1) >= 0)
 
+    def drop(self, rows: set[int]) -> None:
+        """Rows of `out` leave the batch unfinished."""
+        left = [i for i, row in enumerate(self.batch.row.tolist()) if row not in rows]
+        self.batch = self.batch.select(left) if left else None
+
     def _close(self, row: Tensor, lengths: Tensor) -> None:
         """Complete the rows of `out` that have ended, (k,), at these lengths."""
         out, column = self.out, torch.arange(self.width + 1, device=row.device)
@@ -422,12 +434,12 @@ def check_prompts(config, prompts: Sequence[Sequence[int]], stop_ids: Sequence[i
 
 
 @dataclass
-class SampleConfig(SamplingKnobs):
+class SampleConfig(SamplingKnobs, TalkKnobs):
     """The knobs of `python sample.py`."""
 
     prompt: str = knob("", "the text to continue", positional=True)
     checkpoint: str | None = knob(None, "directory with config.json and weights [the newest below out/]")
-    chat: bool = knob(False, "put the prompt as a question into the chat template")
+    chat: bool = knob(False, "put the prompt as a question into the chat template; without one, talk")
     seed: int = knob(0, "the same seed gives the same text")
     device: str = knob("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = knob(None, "of weights and activations [the file's]",
@@ -439,7 +451,10 @@ class SampleConfig(SamplingKnobs):
     stats: bool = knob(False, "with --experts disk: print what was read, draw experts.png")
 
     def rules(self):
-        yield "thinking", "--chat, whose template it is for", self.chat or self.thinking is None
+        yield from TalkKnobs.rules(self)
+        is_talk = self.chat or self.serve
+        yield "thinking", "--chat, whose template it is for", is_talk or self.thinking is None
+        yield "budget", "less than max_new_tokens", (self.budget or 0) < self.max_new_tokens
         yield "stats", "--experts disk", self.experts == "disk" or not self.stats
 
 
@@ -474,11 +489,45 @@ def printer(tokenizer) -> Callable[[int, int], None]:
 
 
 def main(argv: list[str]) -> None:
-    """Continue a prompt: the first sample streams, the others follow."""
+    """Continue a prompt, talk, or serve."""
     knobs = parse_flags(SampleConfig, argv, "Continue a text with a checkpoint.")
-    if not knobs.prompt:
-        raise UserError('the prompt is empty: python sample.py "Once upon a time"')
+    if not (knobs.prompt or knobs.chat or knobs.serve):
+        raise UserError('the prompt is empty: python sample.py "Once upon a time"; --chat without one talks')
     directory, model, tokenizer, cache = load(knobs)
+    if knobs.serve:
+        serve(knobs, directory, model, tokenizer)
+    elif knobs.prompt:
+        continue_text(knobs, directory, model, tokenizer, cache)
+    else:
+        where = f"{directory} on {model.lm_head.weight.device}; /help lists what there is"
+        Console(knobs, tokenizer, partial(answer, model, tokenizer)).run(where)
+
+
+def answer(model: Transformer, tokenizer: Tokenizer, prompt: list[int], on_token, knobs: SampleConfig) -> None:
+    """`votes` answers to a conversation, token by token, with thoughts within the budget."""
+    budget = budget_of(tokenizer, knobs.budget)
+    complete = generate if budget is None else partial(think_within, generate, budget=budget)
+    complete(model, [prompt], num_samples=knobs.votes, max_new_tokens=knobs.max_new_tokens,
+             temperature=knobs.temperature, top_k=knobs.top_k, top_p=knobs.top_p,
+             stop_ids=tokenizer.stop_ids, seed=knobs.seed, on_token=on_token)
+
+
+def serve(knobs: SampleConfig, directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Answer over HTTP until Ctrl-C. Raises UserError where the libraries for it are missing."""
+    try:
+        from data.talk.serve import Service, serve_http
+    except ImportError as error:
+        raise UserError(f"--serve wants {error.name}: pip install -r requirements-serve.txt") from None
+    width = min(knobs.longest, model.config.max_position_embeddings)
+    model.eval()
+    engine = Engine(Decoder(model, knobs.rows, width, tokenizer.stop_ids), knobs.rows, knobs.queue)
+    service = Service(directory.resolve().name, tokenizer, engine, partial(draw_noise, prompts=1), width, knobs)
+    serve_http(service)
+
+
+def continue_text(knobs: SampleConfig, directory: Path, model: Transformer, tokenizer: Tokenizer,
+                  cache: ExpertCache | None) -> None:
+    """The first sample streams, the others follow."""
     prompt = os.fsencode(knobs.prompt).decode(errors="replace")  # bytes that are no UTF-8
     ids = encode_prompt(tokenizer, prompt, knobs.chat, knobs.thinking)
     lead = "" if knobs.chat else prompt

@@ -130,27 +130,28 @@ def test_a_thought_is_cut_and_the_answer_asked_for(monkeypatch):
     from data.tasks import load_task
     from data.tasks.exam import draw_questions
     from data.text.tokenizer import load_tokenizer
-    from rl import Rollout
     from sample import Generation
 
     tokenizer, tasks = load_tokenizer("plainseek:1024"), [load_task("chain")]
     question = draw_questions(tasks, "test", "held out", [0])[0]
-    thought = tokenizer.encode_trusted("<think>1+1=2;")
+    texts = ["<think>1+1=2;", f"<think></think><answer>{question.problem.answer}</answer>"]
     asked = []
-
-    def made(ids: list[int]) -> Generation:
-        T = torch.tensor([len(ids)])
-        return Generation(torch.tensor([ids]), torch.ones(1, len(ids)), T * 0, T, None, None, T == 0)
 
     def answer(model, prompts, **_):
         asked.append(prompts)
-        return made(tokenizer.encode_trusted(question.problem.answer + "</answer>"))
+        said = texts if len(asked) == 1 else [question.problem.answer + "</answer>"]
+        rows = [prompts[0] + tokenizer.encode_trusted(text) for text in said]
+        start, ends = torch.tensor([len(prompts[0])] * len(rows)), torch.tensor([*map(len, rows)])
+        tokens = torch.tensor([row + [0] * (max(ends) - len(row)) for row in rows])
+        finished = torch.tensor([False, True][: len(rows)])
+        return Generation(tokens, tokens > 0, start, ends + finished, None, None, finished)
 
-    rollout = Rollout([question], made(thought), [""], {"accuracy": torch.zeros(1, 1)})
-    policy = SimpleNamespace(model=None, tokenizer=tokenizer, folder=Path("unused"), ask=lambda *_, **__: rollout)
+    policy = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99)),
+                             tokenizer=tokenizer, folder=Path("unused"))
     monkeypatch.setattr(thinking, "generate", answer)
-    assert thinking.think_within(policy, [question], 8, samples=1).tolist() == [1.0]
-    assert tokenizer.decode(asked[0][0]).endswith("<think>1+1=2;</think><answer>")
+    assert thinking.right_within(policy, [question], 4, samples=2).tolist() == [1.0]
+    assert len(asked) == 2 and len(asked[1]) == 1
+    assert tokenizer.decode(asked[1][0]).endswith("<think>1+1=2;</think><answer>")
 
 
 def test_quality_takes_what_snapshots_left_and_draws_a_picture(base, tmp_path):

@@ -66,7 +66,7 @@ def test_every_picture_is_there():
     for picture in pictures:
         assert (ROOT / picture).read_bytes()[:4] == b"\x89PNG", picture
 
-CHAIN = ["data.io", "data.tasks", "data.text", *FIVE]  # each imports from what stands left of it
+CHAIN = ["data.io", "data.tasks", "data.text", "data.talk", *FIVE]  # each imports from what stands left of it
 PRODUCT = sorted([*ROOT.glob("*.py"), *(ROOT / "data").rglob("*.py")])
 
 
@@ -101,7 +101,7 @@ def test_a_file_imports_only_from_its_left(path):
 SIZES = {  # most lines, most top-level definitions
     "kernels.py": (560, 32),
     "model.py": (740, 22),
-    "sample.py": (505, 23),
+    "sample.py": (555, 26),
     "train.py": (560, 22),
     "rl.py": (645, 22),
 }

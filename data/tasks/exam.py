@@ -147,6 +147,17 @@ def pass_at_k(right: Tensor, k: int) -> Tensor:
     return torch.tensor(chances, dtype=torch.float64)  # (Q,)
 
 
+def tally(answers: Iterable[str | None]) -> list[tuple[str, int]]:
+    """Each answer and how often it was given, the most frequent first; of equals the first seen.
+
+    None, where there is no answer, is no vote.
+
+    >>> tally(["3", "7", None, "7"])
+    [('7', 2), ('3', 1)]
+    """
+    return Counter(answer for answer in answers if answer is not None).most_common()
+
+
 def majority_at_k(votes: list[list[str | None]], right: Tensor, k: int, draws: int = 16) -> Tensor:
     """Chance that the most frequent of k answers is right, per question (R1's cons@k).
 
@@ -165,7 +176,7 @@ def majority_at_k(votes: list[list[str | None]], right: Tensor, k: int, draws: i
             subsets = [rng.sample(texts, k) for _ in range(draws)]
         hits = 0
         for subset in subsets:
-            winner = Counter(text for text in subset if text is not None).most_common(1)
+            winner = tally(subset)[:1]
             hits += bool(winner) and known[winner[0][0]]
         chances.append(hits / len(subsets))
     return torch.tensor(chances, dtype=torch.float64)  # (Q,)

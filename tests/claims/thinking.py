@@ -11,10 +11,12 @@ README.md beside this file; ten terms, more than in any training question, stay 
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 import rl
 from data.io.cli import knob, run_main
+from data.talk.reply import budget_of, think_within
 from data.tasks import exam
 from data.tasks.task import prompt_text
 from sample import generate
@@ -24,6 +26,7 @@ HARDER = {"chain": ("terms", (4, 6, 8, 10, 12)), "countdown": ("count", (2, 3, 4
           "findtwo": ("count", (4, 6, 8)), "compare": ("digits", (3, 4)),
           "multiply": ("digits", (2, 3)), "sort": ("count", (6, 8))}
 BUDGETS = (0, 4, 8, 16, 32, 64)  # tokens of thought
+ANSWER = 16  # of what follows it
 
 
 @dataclass
@@ -33,26 +36,17 @@ class ThinkingConfig(rl.RLConfig):
     policy: str = knob("out/rl", "checkpoint directory of what became of --base")
 
 
-def think_within(policy: rl.Policy, questions: list[exam.Question], budget: int,
+def right_within(policy: rl.Policy, questions: list[exam.Question], budget: int,
                  samples: int = 4) -> Tensor:
     """Share right (Q,) when a thought is cut after `budget` tokens and the answer asked for at once."""
     tokenizer = policy.tokenizer
-    begin, end = tokenizer.specials["<think>"], tokenizer.encode_trusted("</think><answer>")
-    rollout = policy.ask(questions, samples, max_new_tokens=budget + 1)
-    right, asked = rollout.right.double().flatten(), rollout.asked  # (N,)
-    cut = {}  # row -> its thought, closed
-    for row in range(len(right)):
-        thought = rollout.made.completion(row)
-        if thought[:1] == [begin] and end[0] not in thought:
-            cut[row] = thought + end
-    if cut:
-        prompts = [tokenizer.encode_trusted(prompt_text(asked[row].problem.question)) + thought
-                   for row, thought in cut.items()]
-        made = generate(policy.model, prompts, max_new_tokens=16, stop_ids=[tokenizer.eos_id], seed=budget)
-        for i, (row, thought) in enumerate(cut.items()):
-            text = tokenizer.decode(thought + made.completion(i))
-            right[row] = exam.judge(asked[row], text, policy.folder)["accuracy"] == 1
-    return right.view(-1, samples).mean(1)
+    prompts = [tokenizer.encode_trusted(prompt_text(one.problem.question)) for one in questions]
+    made = think_within(generate, policy.model, prompts, budget=budget_of(tokenizer, budget),
+                        num_samples=samples, max_new_tokens=budget + ANSWER, stop_ids=[tokenizer.eos_id],
+                        seed=[one.seed for one in questions])
+    right = [exam.judge(questions[row // samples], tokenizer.decode(ids), policy.folder)["accuracy"] == 1
+             for row, ids in enumerate(made)]
+    return torch.tensor(right, dtype=torch.float64).view(-1, samples).mean(1)
 
 
 def examine(config: ThinkingConfig, directory: str) -> dict:
@@ -63,7 +57,7 @@ def examine(config: ThinkingConfig, directory: str) -> dict:
     greedy = policy.ask(questions, 1, temperature=0.0).right  # (Q, 1)
     found["greedy"] = exam.mean_error(greedy.double().squeeze(1))
     budgets = [budget for budget in BUDGETS if budget < config.max_new_tokens]
-    found["budget"] = {str(budget): exam.mean_error(think_within(policy, questions, budget))
+    found["budget"] = {str(budget): exam.mean_error(right_within(policy, questions, budget))
                        for budget in budgets}
     found["harder"] = {}
     for task in policy.tasks:
