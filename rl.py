@@ -147,8 +147,8 @@ VARIANTS = {
     "gspo": dict(sequence_ratio=True, clip_eps=3e-4, clip_eps_high=4e-4, kl_beta=0.0),
     "v3.2": dict(divide_by_std=False, unbiased_kl=True, off_policy_delta=0.5, keep_sampling_mask=True),
 }
-RECIPES = {"r1": dict(name="r1", task="chain,countdown,compare", steps=60, max_new_tokens=128,
-                      eval_samples=8)}
+RECIPES = {"r1": dict(name="r1", task="chain,countdown,compare", steps=60, lr=1e-4, constant_until=1.0,
+                      max_new_tokens=128, eval_samples=8)}
 SUMMARY = ("reward {reward:.2f}  accuracy {accuracy:.2f}  format {format:.2f}  length {length:.0f}  "
            "kl {kl:.4f}  entropy {entropy:.2f}  dead {dead:.2f}  rollout {rollout_s:.1f}s  update {update:.1f}s")
 RATIO_TOLERANCE = 1e-4  # sampler and trainer must agree on log-probs to this, in nats (float32)
@@ -168,7 +168,7 @@ class RLConfig(RunConfig):
     write: str = knob("", "in place of training: write good answers of --base into this .jsonl")
     count: int = knob(600, "with --write: how many answers", least=1)
 
-    steps: int = knob(100, "rollouts, each followed by its updates", least=1)
+    steps: int = knob(60, "rollouts, each followed by its updates", least=1)
     questions: int = knob(16, "questions of one step, over all ranks (R1: 32)", least=1)
     group_size: int = knob(16, "answers sampled per question (R1: 16)")
     max_new_tokens: int = knob(96, "longest answer", least=1)
@@ -191,8 +191,9 @@ class RLConfig(RunConfig):
     resample: int = knob(0, "replace a dead group up to so often (DAPO)", least=0)
     overlong_tokens: int = knob(0, "punish answers over the last so many tokens (DAPO)")
 
-    lr: float = knob(1e-4, "learning rate of AdamW, constant behind the warm-up", above=0)
+    lr: float = knob(3e-4, "peak learning rate of AdamW", above=0)
     warmup_steps: int = knob(10, "steps over which the learning rate rises")
+    constant_until: float = knob(0.4, "fraction of the steps behind which it falls, linearly to 0", least=0, most=1)
     weight_decay: float = knob(0.0, "AdamW: decay of matrices", least=0)
     train_router: bool = knob(False, "let the gradient move the routers' weights")
     bias_update_speed: float = knob(0.0, "step of the routing bias after every update")
@@ -468,7 +469,8 @@ class RLTrainer(SavedRun):
             if number == 0:
                 first_gap = gap
                 self.check_ratio(gap)
-            lr = config.lr * min(1.0, (self.step + 1) / max(1, config.warmup_steps))
+            left = (config.steps - self.step) / max(1.0, config.steps * (1 - config.constant_until))
+            lr = config.lr * min(1.0, left, (self.step + 1) / max(1, config.warmup_steps))
             grad_norm = float(train.optimizer_step(self.model, self.optimizer, lr, config.clip, self.world))
             self.check_bad_steps(not math.isfinite(grad_norm))
             train.update_biases(self.model, load, config.bias_update_speed)

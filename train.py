@@ -365,6 +365,7 @@ class Trainer(SavedRun):
         start, config, knobs = time.monotonic(), self.config, self.plan.knobs(self.step)
         sequences = self.plan.sequences[self.step]
         tokens, targets = self.loader.next_batch(sequences)  # (n, T), this rank's share
+        traffic(self.experts)  # what an evaluation sent is not of this step
         values = train_step(
             self.model, self.optimizer, tokens, targets, self.world, clip=config.clip,
             micro_batch=config.micro_batch, aux_loss_alpha=config.aux_loss_alpha, **knobs)

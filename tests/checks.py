@@ -97,9 +97,12 @@ def mtp_prefixes(config: Config) -> tuple[str, ...]:
 
 def close(a, b, tolerance: float, what: str) -> None:
     """The largest difference must be within `tolerance`; NaN fails."""
-    assert a.shape == b.shape, f"{what}: shapes {tuple(a.shape)} and {tuple(b.shape)}"
-    worst = (a - b).abs().max().item()
-    assert worst <= tolerance, f"{what}: off by {worst:.2g}, allowed {tolerance:.2g}"
+    assert a.shape == b.shape, f"{what}: shape {tuple(a.shape)}, wanted {tuple(b.shape)}"
+    off = (a - b).abs()
+    place = torch.unravel_index(off.argmax(), off.shape)  # of the largest
+    where = f" at {[int(i) for i in place]}: got {a[place].item():.4g}, wanted {b[place].item():.4g};" * bool(place)
+    worst = off[place].item()
+    assert worst <= tolerance, f"{what}: off by {worst:.2g}{where or ','} allowed {tolerance:.2g}"
 
 
 def relative(a, b) -> float:

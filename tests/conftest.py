@@ -52,7 +52,8 @@ def one_rank(rank: int, ranks: int, port: int, work, argv: tuple):
 
 def on_ranks(ranks: int, work, *argv) -> None:
     """work(world, *argv) in so many processes that talk to each other."""
-    torch.multiprocessing.spawn(one_rank, args=(ranks, free_port(), work, argv), nprocs=ranks)
+    torch.multiprocessing.start_processes(one_rank, args=(ranks, free_port(), work, argv), nprocs=ranks,
+                                          start_method="fork")  # which has torch imported already
 
 
 @pytest.fixture

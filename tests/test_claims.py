@@ -15,12 +15,13 @@ from data.io.cli import UserError, parse_flags
 from rl import RLConfig
 from tests.bench import decode
 from tests.bench import train as bench
-from tests.claims import base_quality, bill, distill, fitness, fp8, lab, thinking, visits
+from tests.claims import base_quality, bill, distill, fitness, fp8, lab, minutes, thinking, visits
 from train import TrainConfig
 
 CONFIGS = {"train.py": TrainConfig, "rl.py": RLConfig, "tests.bench.train": bench.BenchConfig,
            "tests.bench.decode": decode.DecodeConfig, "tests.claims.bill": bill.BillConfig,
            "tests.claims.fitness": fitness.FitnessConfig, "tests.claims.thinking": thinking.ThinkingConfig,
+           "tests.claims.minutes": minutes.MinutesConfig,
            "tests.claims.distill": distill.DistillConfig, "tests.claims.fp8": fp8.Fp8Config,
            "tests.claims.base_quality": base_quality.QualityConfig, "tests.claims.visits": visits.VisitsConfig}
 BOOK = Path(lab.__file__).with_name("README.md")
@@ -204,6 +205,24 @@ def test_fp8_is_compared_with_bf16(base, tmp_path, capsys):
     runs = understood(fp8.commands(lab.read_flags(fp8.Fp8Config, [], "", **fp8.USUAL)))
     assert [(run.precision, run.seed) for run in runs[:4]] == [("bf16", 0), ("fp8", 0), ("bf16", 1), ("fp8", 1)]
     assert len(runs) == 7 and {(run.steps, run.lr) for run in runs} == {(500, 5e-4)}
+
+
+def minutes_knobs(recipe: str, recipes=minutes.RECIPES) -> list:
+    """The knobs of train.py and rl.py by one recipe of the study."""
+    return understood([f"python {program} {flags}" for program, flags in zip(CONFIGS, recipes[recipe])])
+
+
+def test_recipes_are_compared_in_seconds_of_the_processor(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(minutes, "RECIPES", {"now": ("", ""), "before": ("--lr 1e-3", "--constant_until 1")})
+    flags = ["--train_flags", shlex.join([*TINY, "--data", str(base.parent.parent / "text"), "--steps", "4"]),
+             "--rl_flags", shlex.join([*RL, "--task", "toy:Same", "--steps", "1", "--max_new_tokens", "8"])]
+    minutes.main(["--out", str(tmp_path), "--seeds", "1", "--questions", "2", *flags])
+    *_, now, before = capsys.readouterr().out.splitlines()
+    assert now.startswith("now, seed 0") and before.startswith("before, seed 0")
+    assert all(float(word) > 0 for line in (now, before) for word in line[14:].split(" s")[:2])
+    of_train, of_rl = minutes_knobs("before")
+    assert (of_train.steps, of_train.tokens_per_step, of_train.lr) == (1000, 4096, 2e-3)
+    assert (of_rl.steps, of_rl.lr, of_rl.constant_until) == (100, 1e-4, 1)
 
 
 @pytest.mark.parametrize("claim, words", [(base_quality, "python train.py --snapshots"),

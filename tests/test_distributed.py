@@ -179,40 +179,28 @@ def torchrun(ranks: int, *flags: str) -> list[str]:
             str(ROOT / "train.py")]
 
 
-def test_torchrun_gives_the_losses_of_one_process(workplace, python):
-    flags = ["--steps", "6", "--eval_every", "3", "--micro_batch", "8", *QUICK]
-    for launcher, name, more in (([str(ROOT / "train.py")], "one", []), (torchrun(2), "two", []),
-                                 (torchrun(2), "ep", ["--expert_parallel", "2"])):
-        done = python(*launcher, *flags, "--name", name, *more, cwd=workplace)
-        assert done.returncode == 0, done.stderr
-        assert name == "one" or "parameters" in done.stdout and "Warning" not in done.stderr, done.stderr
-    rows = {name: RunFolder(workplace / "out" / name).rows() for name in ("one", "two", "ep")}
-    for name in ("two", "ep"):
-        assert len(rows["one"]) == len(rows[name]) == 7
-        for a, b in zip(rows["one"], rows[name]):
-            for column in ("ce", "mtp", "balance", "val_text", "train_text", "val_mtp"):
-                if a[column]:
-                    assert float(b[column]) == pytest.approx(float(a[column]), rel=2e-6), column
-    assert 1 <= float(rows["ep"][-1]["ranks_per_token"]) <= 2 and float(rows["ep"][-1]["mb_sent"]) > 0
-
-
-def test_a_killed_rank_is_started_again_and_the_run_ends_as_it_would_have(workplace, python):
-    flags = ["--steps", "30", "--eval_every", "5", "--micro_batch", "8", *QUICK]
-    run = start(*torchrun(2, "--max-restarts=3"), *flags, "--name", "hurt", cwd=workplace)
+def test_torchrun_gives_the_losses_of_one_process_though_a_rank_is_killed(workplace, python):
+    """Two ranks with experts on both; one is killed on the way, is started again, and the log has no gap."""
+    flags = ["--steps", "24", "--eval_every", "4", "--micro_batch", "8", *QUICK]
+    run = start(*torchrun(2, "--max-restarts=3"), *flags, "--name", "hurt", "--expert_parallel", "2", cwd=workplace)
     log = workplace / "out" / "hurt" / "log.csv"
     until = time.monotonic() + 90
-    while time.monotonic() < until and not (log.exists() and log.read_text().count("\n") > 14):
+    while time.monotonic() < until and not (log.exists() and log.read_text().count("\n") > 10):
         time.sleep(0.02)
     children = [int(pid) for pid in os.popen(f"pgrep -P {run.pid}").read().split()]
     os.kill(children[-1], signal.SIGKILL)
     out, err = run.communicate(timeout=120)
     assert run.returncode == 0, err
-    assert "resumed at step" in out
+    assert "resumed at step" in out and "parameters" in out and "Warning" not in err, err
     done = python(str(ROOT / "train.py"), *flags, "--name", "well", cwd=workplace)
     assert done.returncode == 0, done.stderr
     hurt, well = (RunFolder(workplace / "out" / name).rows() for name in ("hurt", "well"))
-    assert [row["step"] for row in hurt] == [row["step"] for row in well]
-    assert float(hurt[-1]["ce"]) == pytest.approx(float(well[-1]["ce"]), rel=1e-5)
+    assert len(hurt) == len(well) == 25
+    for a, b in zip(well, hurt):
+        for column in ("step", "ce", "mtp", "balance", "val_text", "train_text", "val_mtp"):
+            if a[column]:
+                assert float(b[column]) == pytest.approx(float(a[column]), rel=1e-5), column
+    assert 1 <= float(hurt[-1]["ranks_per_token"]) <= 2 and float(hurt[-1]["mb_sent"]) > 0
 
 
 def disagree(world: Dist, folder: str):

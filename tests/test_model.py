@@ -376,7 +376,8 @@ def test_text_that_does_not_fit():
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["tinny"], "did you mean 'tiny'"), (["--help-me"], "wanted"), (["a", "b"], "wanted"),
+    (["tinny"], "did you mean 'tiny'"), (["--help-me"], "unknown flag --help-me"), (["a", "b"], "unexpected argument"),
+    (["tiny", "--ranks", "3", "--expert_parallel", "2"], "a divisor of ranks = 3"),
     (["empty"], "config.json is missing")])
 def test_command_line_errors_are_one_line_and_exit_2(tmp_path, monkeypatch, refuses, argv, words):
     monkeypatch.chdir(tmp_path)

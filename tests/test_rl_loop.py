@@ -102,6 +102,12 @@ def test_it_learns_what_is_rewarded_and_a_large_kl_weight_holds_it_back(trainer)
     assert held[-1]["kl"] < 0.15 * free[-1]["kl"]
 
 
+@pytest.mark.parametrize("until, rates", [(0.5, [0.5, 1, 1, 0.5]), (1.0, [0.5, 1, 1, 1])])
+def test_learning_rate_rises_stays_and_falls(trainer, until, rates):
+    run = trainer(steps=4, warmup_steps=2, constant_until=until, lr=1e-3)
+    assert [run.advance()["lr"] / 1e-3 for _ in range(4)] == pytest.approx(rates)
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_without_a_difference_in_reward_only_weight_decay_moves_parameters(trainer, beta):
     run = trainer(task="tests.toy:Never", weight_decay=0.5, kl_beta=beta)

@@ -554,9 +554,9 @@ def copy_tensor(files: dict[str, TensorFile], name: str, view: Tensor, block: tu
     scales = read_scales(files, name, block) if is_fp8 else None  # (., .)
     for rows, values in file.blocks(name, block[0] if is_fp8 else 1):
         tell(values.nbytes)
+        out = view[rows] if view.ndim else view
         if is_fp8:
             check_codes(f"{file.path}: {name}", values)
-            number = torch.empty(values.shape, dtype=view.dtype)
-            dequantise(values, scales[rows.start // block[0] : -(-rows.stop // block[0])], block, number)
-            values = number
-        (view[rows] if view.ndim else view).copy_(values if view.ndim else values.squeeze(0))
+            dequantise(values, scales[rows.start // block[0] : -(-rows.stop // block[0])], block, out)
+        else:
+            out.copy_(values if view.ndim else values.squeeze(0))

@@ -88,7 +88,8 @@ def layer_names(paths: list[str], layers: float = math.inf) -> list[str]:
     return [f"layer {n}" if n < layers else f"MTP {n - layers + 1}" for n in numbers]
 
 
-def loss_figure(path: str | Path, rows: list[dict], uniform: float) -> None:
+def loss_figure(path: str | Path, rows: list[dict], uniform: float,
+                title: str = "Learning: loss of every kind of text") -> None:
     """loss.png: loss of every domain on validation text and, dashed, on training text.
 
     rows of log.csv with columns tokens, val_<domain>, train_<domain>, val_mtp; uniform = ln V.
@@ -96,7 +97,7 @@ def loss_figure(path: str | Path, rows: list[dict], uniform: float) -> None:
     rows = [row for row in rows if row.get("val_mtp")]
     x = [float(row["tokens"]) / 1e6 for row in rows]
     domains = [key[4:] for key in rows[0] if key.startswith("val_") and key != "val_mtp"]
-    with picture(path, "Learning: loss of every kind of text", (9, 5.2)) as figure:
+    with picture(path, title, (9, 5.2)) as figure:
         axis, ends = figure.subplots(), []
         for domain, color in zip([*domains, "mtp"], [*COLORS[: len(domains)], GREY]):
             y = [float(row["val_" + domain]) for row in rows]
@@ -252,12 +253,29 @@ def draw_training(folder: Path, rows: list[dict], vocab_size: int, loads: list[T
             expert_domains_figure(folder / "expert_domains.png", usage, names)
 
 
+def story_figure(path: str | Path, rows: list[dict]) -> None:
+    """story.png: the share of right answers and the length of thought, over the steps of a run."""
+    def column(name: str) -> list[float]:
+        return [float(row[name] or "nan") for row in rows]
+
+    steps = column("step")
+    with picture(path, "Rewarded for right answers only, it learns to think", (11, 4.2)) as figure:
+        right, thought = figure.subplots(1, 2)
+        right.plot(steps, column("accuracy"), color=COLORS[0], linewidth=2.5)
+        right.set(title="share of right answers", xlabel="step", ylim=(0, 1.05), yticks=QUARTERS)
+        thought.plot(steps, column("length"), color=COLORS[1], linewidth=2.5)
+        thought.set(title="length of an answer in tokens", xlabel="step", ylim=(0, None))
+        for axis in (right, thought):
+            axis.grid(axis="y")
+
+
 def draw_rl(folder: Path, rows: list[dict], styles: list[str], loads: list[Tensor],
             paths: list[str]) -> None:
-    """The pictures of a run of RL: rl.png and expert_load.png.
+    """The pictures of a run of RL: story.png, rl.png and expert_load.png.
 
     rows of log.csv; loads (MoE layers, E) of every update; paths of the layers, MTP's last.
     """
+    story_figure(folder / "story.png", rows)
     rl_figure(folder / "rl.png", rows, styles)
     if loads and len(loads[0]):
         x, names = list(range(1, len(loads) + 1)), layer_names(paths[: len(loads[0])])

@@ -22,10 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed._functional_collectives import all_to_all_single_autograd
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from data.io.checkpoint import fingerprint
 from data.io.cli import UserError, pick_device
@@ -37,7 +34,12 @@ SOURCES = Path(__file__).parents[2]
 
 def local(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor: its shard, or all of it where nothing is sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, whose module takes half a second to import: only many ranks pay that."""
+    return hasattr(tensor, "to_local")
 
 
 @dataclass
@@ -108,6 +110,8 @@ class Dist:
         self.check_experts(expert_parallel, len(experts[0].down_proj) if experts else expert_parallel)
         if self.world_size == 1:
             return model
+        from torch.distributed.fsdp import fully_shard
+
         every = init_device_mesh(self.device.type, (self.world_size,))
         if expert_parallel > 1:
             warnings.filterwarnings("ignore", ".*returned a view tensor")  # Experts do; nobody writes into it
@@ -143,6 +147,8 @@ class Dist:
 
     def gathered(self, model: nn.Module, main_only: bool = False) -> dict[str, Tensor]:
         """The state dict of a sharded model, whole; with `main_only` on the first rank's CPU, elsewhere empty."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         options = StateDictOptions(full_state_dict=True, cpu_offload=main_only)
         return get_model_state_dict(model, options=options)
 
@@ -171,8 +177,8 @@ class Dist:
                 raise UserError("another rank died or answers no more; --resume goes on from the last save") from None
 
 
-def _sharded(model: nn.Module) -> list[FSDPModule]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+def _sharded(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
 
 
 def setup_distributed(device: str = "auto") -> Dist:
@@ -274,6 +280,8 @@ def _exchange(rows: Tensor, come: list[int], go: list[int], group) -> Tensor:
 
 def _split_experts(module: nn.Module, mesh: DeviceMesh) -> None:
     """Of each stacked weight (E, ...) keep this rank's experts, and send tokens to the others'."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     for name, weight in list(module.named_parameters()):
         part = distribute_tensor(weight.detach(), mesh, [Shard(0)], src_data_rank=None)
         module.register_parameter(name, nn.Parameter(part, requires_grad=weight.requires_grad))

@@ -42,7 +42,7 @@ class RunConfig(Knobs):
     device: str = knob("auto", "auto, cpu, cuda or mps")
     impl: str = knob("fused", "twins of kernels.py", choices=("fused", "reference"))
     eval_every: int = knob(100, "steps between evaluations; each one saves and redraws the pictures", least=1)
-    micro_batch: int = knob(32, "sequences of one forward pass on one rank; the rest is accumulated", least=1)
+    micro_batch: int = knob(16, "sequences of one forward pass on one rank; the rest is accumulated", least=1)
     clip: float = knob(1.0, "largest norm of the gradient", above=0)
     weight_decay: float = knob(0.1, "AdamW: decay of matrices; norms and biases have none", least=0)
     max_bad_steps: int = knob(5, "steps in a row whose gradient is not finite, and which are left out,"

@@ -13,13 +13,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader
-from torch.distributed.tensor import DTensor
 
 from data.io.checkpoint import read_json, write_json, written_aside
 from data.io.cli import UserError
-from data.io.ranks import Dist, local
+from data.io.ranks import Dist, is_sharded, local
 from data.io.tensors import TensorFile, fingerprint, write_tensors
 
 
@@ -32,9 +29,9 @@ def save_state(folder: Path, tensors: dict[str, Tensor], notes: dict, world: Dis
     world.on_main(_empty, path)  # what another number of ranks had begun there
     shards, offsets = {}, {}
     for name, tensor in tensors.items():
-        if isinstance(tensor, DTensor) and local(tensor).numel():
+        if is_sharded(tensor) and local(tensor).numel():
             shards[name], offsets[name] = local(tensor), list(tensor.__create_chunk_list__()[0].offsets)
-        elif not isinstance(tensor, DTensor) and world.is_main:
+        elif not is_sharded(tensor) and world.is_main:
             shards[name], offsets[name] = tensor, [0] * tensor.ndim
     with written_aside(path / f"shard-{world.rank + 1:05d}-of-{world.world_size:05d}.safetensors") as aside:
         write_tensors(aside, shards, {}, path.name, offsets)
@@ -114,6 +111,9 @@ class SavedState(Mapping):
 
     def read_into(self, targets: dict[str, Tensor], world: Dist) -> None:
         """Fill tensors, sharded ones too, of the same names and shapes. Raises UserError for a damaged file."""
+        from torch.distributed import checkpoint as dcp  # here, since it takes half a second
+        from torch.distributed.checkpoint import HuggingFaceStorageReader
+
         for file in self.files[world.rank :: world.world_size]:  # each rank checks some
             for name in file.keys():
                 file.get(name)

@@ -215,7 +215,8 @@ class Bench:
     def training(self, preset: str, is_compiled: bool = False) -> Iterator[tuple]:
         """Tokens/s and FLOP/s of one micro-batch and its step in bf16, beside transformers' model of that size."""
         B, T = self.sizes.batch[preset]
-        ceiling, name = matmul_ceiling(torch.bfloat16, "cuda" if self.is_real else "cpu"), torch.cuda.get_device_name()
+        ceiling = matmul_ceiling(torch.bfloat16, self.device) if self.is_real else 1e12
+        name = torch.cuda.get_device_name()
         sheet = next((peak for card, peak in DENSE_BF16.items() if card in name), None)
         flops = flops_per_token(Config.preset(preset, **self.sizes.presets[preset]), T)
 
@@ -344,7 +345,8 @@ def value_and_gradients(function: Callable, inputs: list) -> list[Tensor]:
 
 def error(got: Tensor, exact: Tensor) -> float:
     """The largest difference relative to the largest value."""
-    return float((got.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
+    got, exact = got.detach().double(), exact.detach()
+    return float((got - exact).abs().max() / exact.abs().max().clamp(min=1e-30))
 
 
 def with_mtp(losses: dict[str, Tensor]) -> Tensor:

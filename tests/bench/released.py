@@ -119,7 +119,7 @@ def main(argv: list[str]) -> None:
                   "--dtype", "float32", "--device", "cpu"]
         experts = 3 * sizes.hidden_size * sizes.moe_intermediate_size * sizes.n_routed_experts
         dense = 4 * (weights - experts * (sizes.num_hidden_layers - 1))  # bytes
-        room = third - bare - dense - 60_000_000  # of which activations and the interpreter take some
+        room = third - bare - dense - 130_000_000  # for activations and the picture
         disk = ["--experts", "disk", "--expert_cache", str(max(2_000_000, room)), "--stats"]
         loaded, _, seconds = run([*sample, "1+2+3="])
         begun = time.perf_counter()

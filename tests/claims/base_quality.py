@@ -17,7 +17,7 @@ from data.io.cli import UserError, knob, run_main
 from data.tasks import exam
 from tests.claims import lab
 
-USUAL = dict(name="quality", steps=60, eval_every=60, eval_samples=8)
+USUAL = dict(name="quality", steps=60, lr=1e-4, constant_until=1.0, eval_every=60, eval_samples=8)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from tests.claims import lab
 from train import TrainConfig
 
 SMALL = ["hidden_size=64", "num_hidden_layers=3", "intermediate_size=160", "moe_intermediate_size=32"]
-USUAL = dict(name="distill", steps=60, eval_samples=8, count=1500)
+USUAL = dict(name="distill", steps=60, lr=1e-4, constant_until=1.0, eval_samples=8, count=1500)
 
 
 @dataclass
