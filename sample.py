@@ -495,7 +495,7 @@ def main(argv: list[str]) -> None:
         raise UserError('the prompt is empty: python sample.py "Once upon a time"; --chat without one talks')
     directory, model, tokenizer, cache = load(knobs)
     if knobs.serve:
-        serve(knobs, directory, model, tokenizer)
+        service_of(knobs, directory, model, tokenizer).run()
     elif knobs.prompt:
         continue_text(knobs, directory, model, tokenizer, cache)
     else:
@@ -512,17 +512,16 @@ def answer(model: Transformer, tokenizer: Tokenizer, prompt: list[int], on_token
              stop_ids=tokenizer.stop_ids, seed=knobs.seed, on_token=on_token)
 
 
-def serve(knobs: SampleConfig, directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
-    """Answer over HTTP until Ctrl-C. Raises UserError where the libraries for it are missing."""
+def service_of(knobs: SampleConfig, directory: Path, model: Transformer, tokenizer: Tokenizer):
+    """The engine as data/talk/serve.py offers it. Raises UserError where the libraries for that are missing."""
     try:
-        from data.talk.serve import Service, serve_http
+        from data.talk.serve import Service
     except ImportError as error:
         raise UserError(f"--serve wants {error.name}: pip install -r requirements-serve.txt") from None
     width = min(knobs.longest, model.config.max_position_embeddings)
     model.eval()
     engine = Engine(Decoder(model, knobs.rows, width, tokenizer.stop_ids), knobs.rows, knobs.queue)
-    service = Service(directory.resolve().name, tokenizer, engine, partial(draw_noise, prompts=1), width, knobs)
-    serve_http(service)
+    return Service(directory.resolve().name, tokenizer, engine, partial(draw_noise, prompts=1), width, knobs)
 
 
 def continue_text(knobs: SampleConfig, directory: Path, model: Transformer, tokenizer: Tokenizer,

@@ -101,6 +101,17 @@ class Service:
         finally:
             job.close()
 
+    def run(self) -> None:
+        """Serve until Ctrl-C. Raises UserError before anything is served."""
+        host, port = self.knobs.host, self.knobs.port
+        chat_ids(self.tokenizer, [{"role": "user", "content": "?"}], self.knobs.thinking)  # or it says why not
+        with listen(host, port) as listening:
+            shown = f"[{host}]" if ":" in host else host
+            print(f"{self.name} at http://{shown}:{listening.getsockname()[1]} (API: /v1); Ctrl-C ends it", flush=True)
+            settings = uvicorn.Config(build_app(self), log_level="warning", limit_concurrency=MOST_CONNECTIONS,
+                                      timeout_graceful_shutdown=2, server_header=False)
+            uvicorn.Server(settings).run(sockets=[listening])
+
 
 class Job:
     """One request on its way through the engine; `close` frees what it still holds.
@@ -300,15 +311,3 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UserError(f"host {host}, port {port}: cannot listen there ({error.strerror}): --port gives another "
                         "port") from None
-
-
-def serve_http(service: Service) -> None:
-    """Serve until Ctrl-C. Raises UserError before anything is served."""
-    host, port = service.knobs.host, service.knobs.port
-    chat_ids(service.tokenizer, [{"role": "user", "content": "?"}], service.knobs.thinking)  # or it says why not
-    with listen(host, port) as listening:
-        shown = f"[{host}]" if ":" in host else host
-        print(f"{service.name} at http://{shown}:{listening.getsockname()[1]} (API: /v1); Ctrl-C ends it", flush=True)
-        settings = uvicorn.Config(build_app(service), log_level="warning", limit_concurrency=MOST_CONNECTIONS,
-                                  timeout_graceful_shutdown=2, server_header=False)
-        uvicorn.Server(settings).run(sockets=[listening])
