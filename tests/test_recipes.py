@@ -65,7 +65,7 @@ def test_what_is_finished_is_passed_over_and_nothing_is_written_over(base, finis
     with pytest.raises(UserError, match="holds a run already"):
         rl.main(flags(base, finished))
     before, notes = weights(finished), finished / "r1.json"
-    knobs = QUICK | {"base": str(base), "out": str(finished), "name": "r1"}
+    knobs = QUICK | RECIPES["r1"] | QUICK | {"base": str(base), "out": str(finished)}
     commands = r1_commands(RLConfig(**knobs))
     of = json.loads(notes.read_text())["of"]
     notes.write_text(json.dumps({"of": of, "finished": commands}))
