@@ -92,7 +92,8 @@ def test_kill_and_resume_give_log_and_weights_of_an_uninterrupted_run(base, pyth
 def test_it_learns_what_is_rewarded_and_a_large_kl_weight_holds_it_back(trainer):
     reached = {}
     for beta in (1e-6, 1e3):
-        run = trainer(name=f"kl{beta}", kl_beta=beta, reference_every=1000, lr=5e-3, questions=16, warmup_steps=1)
+        run = trainer(name=f"kl{beta}", kl_beta=beta, reference_every=1000, lr=5e-3, questions=16, warmup_steps=1,
+                      steps=20, constant_until=1.0)
         log = [run.advance() for _ in range(20)]
         assert log[0]["kl"] == 0 and all(row["kl"] >= 0 for row in log)
         reached[beta] = log
