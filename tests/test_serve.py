@@ -1,5 +1,6 @@
 """The API as the openai client and rude clients find it: a real server on a port of this machine."""
 
+import asyncio
 import http.client
 import json
 import socket
@@ -321,7 +322,7 @@ def test_a_failing_engine_tells_those_who_wait_and_goes_on():
         settle(service, decoder)
 
 
-def test_a_slow_body_and_a_client_that_does_not_read(monkeypatch):
+def test_a_slow_body(monkeypatch):
     monkeypatch.setattr(serve, "PATIENCE", 0.3)
     with serving(Scripted("x")) as (service, port):
         with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
@@ -335,3 +336,21 @@ def test_a_port_in_use_is_one_line():
         serve.listen("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(UserError, match="cannot listen"):
         serve.listen("203.0.113.1", 0)
+
+
+def test_a_client_that_does_not_read_is_left(monkeypatch):
+    """Its part of the answer is never taken: the request ends, and what it held is freed."""
+    monkeypatch.setattr(serve, "PATIENCE", 0.1)
+    freed = []
+
+    async def parts():
+        yield "a part"
+
+    async def never(*_):
+        await asyncio.sleep(60)
+
+    answer = serve.Released(serve.StreamingResponse(parts()), lambda: freed.append(True))
+    scope = {"type": "http", "headers": [(b"host", b"localhost")], "asgi": {"spec_version": "2.3"}}
+    with pytest.raises(BaseException) as error:
+        asyncio.run(serve.Guard(answer, True)(scope, never, never))
+    assert freed and "TimeoutError" in repr(error.value)

@@ -309,5 +309,6 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=MOST_CONNECTIONS)
     except OSError as error:
-        raise UserError(f"host {host}, port {port}: cannot listen there ({error.strerror}): --port gives another "
+        reason = str(error.strerror).partition(" (")[0]
+        raise UserError(f"host {host}, port {port}: cannot listen there ({reason}): --port gives another "
                         "port") from None
