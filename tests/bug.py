@@ -267,7 +267,8 @@ def tell(number: int) -> None:
 # ------------------------------------------------------------------------------------------------------ the table
 
 SEEDS = (0, 1, 2)
-CLEAR = 3.0  # spreads of the healthy seeds, or more, are a difference that can be seen
+CLEAR = 3.0  # spreads of the healthy seeds: a difference that can be seen,
+LEAST = {"loss": 0.02, "MTP": 0.02, "balance": 0.1}  # if it is not smaller than this
 
 
 def one_run(job: tuple[int, str, int]) -> dict:
@@ -323,20 +324,18 @@ def row_of(number: int, runs: dict[tuple, Run]) -> list[str]:
         error = next(run.error for run in broken if run.error).partition(":")[0]
         return [str(number), text, "", "", "", "", "", f"it stops: {error}"]
 
-    def moved(get) -> tuple[float, float]:
-        differences = [get(b) - get(a) for a, b in zip(healthy, broken)]
-        return statistics.fmean(differences), statistics.stdev([get(run) for run in healthy])
-
-    end = lambda run: statistics.fmean(run.max_vio[-10:])
-    (loss, spread), (mtp, mtp_spread), (balance, balance_spread) = moved(lambda run: run.val), moved(
-        lambda run: run.val_mtp), moved(end)
+    looks = {"loss": lambda run: run.val, "MTP": lambda run: run.val_mtp,
+             "balance": lambda run: statistics.fmean(run.max_vio[-10:])}
+    moves, spreads = ({name: get(look) for name, look in looks.items()} for get in (
+        lambda look: statistics.fmean(look(b) - look(a) for a, b in zip(healthy, broken)),
+        lambda look: statistics.stdev(map(look, healthy))))
     drift = max(run.drift for run in broken)
-    seen = [word for word, value, one in (("loss", loss, spread), ("MTP", mtp, mtp_spread), ("balance", balance, balance_spread))
-            if abs(value) > CLEAR * one and abs(value) > 0.01]
+    seen = [name for name, moved in moves.items() if abs(moved) > max(CLEAR * spreads[name], LEAST[name])]
     seen += ["sampling"] if drift > 1e-3 else []
     is_same = all(a.ce == b.ce and a.val == b.val for a, b in zip(healthy, broken))
     verdict = ", ".join(seen) or ("nothing: the same bit for bit" if is_same else "nothing")
-    return [str(number), text, f"{loss:+.3f}", f"{abs(loss) / spread:.1f}", f"{mtp:+.3f}", f"{balance:+.2f}", f"{drift:.0e}", verdict]
+    return [str(number), text, f"{moves['loss']:+.3f}", f"{abs(moves['loss']) / spreads['loss']:.1f}", f"{moves['MTP']:+.3f}",
+            f"{moves['balance']:+.2f}", f"{drift:.0e}", verdict]
 
 
 def table(runs: dict[tuple, Run]) -> str:
