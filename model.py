@@ -188,12 +188,14 @@ def rotations(config: Config, frequencies: Tensor, positions: Tensor) -> Tensor:
 class Cache:
     """What decoding keeps of the past: one normed latent and one rotated key per token and layer.
 
-    Side by side in `buffer` (L, B, capacity, R+P): exactly `(R + P) * L` numbers per token. The
-    model writes behind `length` (B,), the tokens of each row; the caller moves it by `advance`.
+    Side by side in `buffer` (L, B, capacity, R+P): exactly `(R + P) * L` numbers per token, and
+    with MTP `modules` as many more layers. The model writes behind `length` (B,), the tokens of
+    each row; the caller moves it by `advance`.
     """
 
-    def __init__(self, config: Config, batch: int, capacity: int, device=None, dtype=torch.float32):
-        L, width = config.num_hidden_layers, config.kv_lora_rank + config.qk_rope_head_dim
+    def __init__(self, config: Config, batch: int, capacity: int, device=None, dtype=torch.float32,
+                 modules: int = 0):
+        L, width = config.num_hidden_layers + modules, config.kv_lora_rank + config.qk_rope_head_dim
         self.buffer = torch.zeros(L, batch, capacity, width, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.int64, device=device)
         self.longest = 0  # no length is above it; on the host, so that layers need not wait for the device
@@ -485,10 +487,11 @@ class MTP(Block):
         self.eh_proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
 
-    def forward(self, h: Tensor, ahead: Tensor, freqs_cis: Tensor, mask: Tensor | None = None):
+    def forward(self, h: Tensor, ahead: Tensor, freqs_cis: Tensor, mask: Tensor | None = None,
+                cache: Cache | None = None):
         """h, and ahead, the embedding k tokens on -> normed state, all (B, T-k, C), and Routing."""
         joined = torch.cat((self.enorm(ahead), self.hnorm(h)), dim=-1)  # (B, T-k, 2C)
-        h, routing = super().forward(self.eh_proj(joined), freqs_cis, mask)
+        h, routing = super().forward(self.eh_proj(joined), freqs_cis, mask, cache)
         return self.shared_head["norm"](h), routing
 
 
@@ -559,9 +562,10 @@ class Transformer(nn.Module):
         """Name and module of every layer with experts, the MTP modules' included."""
         return [(name, module) for name, module in self.named_modules() if isinstance(module, MoE)]
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache for `batch` rows of up to `capacity` tokens."""
-        return Cache(self.config, batch, capacity, self.lm_head.weight.device, self.compute_dtype)
+    def new_cache(self, batch: int, capacity: int, modules: int = 0) -> Cache:
+        """An empty cache for `batch` rows of up to `capacity` tokens, and for MTP `modules`."""
+        device = self.lm_head.weight.device
+        return Cache(self.config, batch, capacity, device, self.compute_dtype, modules)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, cache: Cache | None = None, *,
                 reduction: str = "mean", mtp: bool = True,
@@ -601,8 +605,8 @@ class Transformer(nn.Module):
               replay: list[Tensor] | None = None) -> tuple[Tensor, list[Routing]]:
         """Embedding, blocks, final norm: h (B, T, C), and the Routing of each MoE layer."""
         used, limit = 0, self.config.max_position_embeddings
-        if cache is not None:
-            used, limit = cache.longest, min(limit, cache.capacity)
+        if cache is not None:  # it may have room for guesses behind the context
+            used, limit = cache.longest, cache.capacity
         if tokens.shape[1] + used > limit:
             raise UserError(f"context: {used} + {tokens.shape[1]} tokens, at most {limit} fit: shorten the text")
         freqs_cis, mask = self.freqs_and_mask(tokens, cache)

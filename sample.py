@@ -15,8 +15,8 @@ import os
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple, Sequence
 
@@ -94,7 +94,8 @@ def sample_tokens(logits: Tensor, temperature: float, top_k: int, top_p: float, 
     probs = logps.exp()
     token = invert_cdf(probs, noise) if temperature > 0 else logits.argmax(-1)  # (n,)
     logp = logps.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-    return Draw(token, logp, torch.special.entr(probs).sum(-1), logps > -math.inf)
+    information = -logps.clamp(min=torch.finfo(logps.dtype).min)  # (n, V), finite: 0 times it is 0
+    return Draw(token, logp, (probs * information).sum(-1), logps > -math.inf)
 
 
 def invert_cdf(probs: Tensor, noise: Tensor) -> Tensor:
@@ -110,7 +111,31 @@ def invert_cdf(probs: Tensor, noise: Tensor) -> Tensor:
     return torch.minimum(token, last).squeeze(1)
 
 
-class Generation(NamedTuple):
+class Rows:
+    """Base of what is kept of N rows: its tensors have a row for each, and columns or not."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+
+    def rows(self, index: Tensor | slice, T: int | None = None):
+        """The rows `index` in that order, cut to T columns."""
+        return replace(self, **{name: x[index] if x.ndim == 1 else x[index, :T]
+                                for name, x in self.tensors().items()})
+
+    def cat(self, other):
+        """The rows of both, the other's last; what has fewer columns is filled up with zeros."""
+        theirs = other.tensors()
+
+        def joined(*pair: Tensor) -> Tensor:
+            wide = max(x.shape[1] for x in pair) if pair[0].ndim > 1 else 0
+            return torch.cat([F.pad(x, (0, 0) * (x.ndim - 2) + (0, wide - x.shape[1])) if wide else x
+                              for x in pair])
+
+        return replace(self, **{name: joined(x, theirs[name]) for name, x in self.tensors().items()})
+
+
+@dataclass
+class Generation(Rows):
     """What `generate` made: N = prompts x num_samples rows, the samples of the first prompt first.
 
     A value that belongs to a token stands at that token's own position; where `mask` is False,
@@ -127,93 +152,74 @@ class Generation(NamedTuple):
     finished: Tensor  # (N,) bool: ended by a stop token, not by a limit
     routing: Tensor | None = None  # (N, T, MoE layers, K) int64, the experts of each token
     support: Tensor | None = None  # (N, T, V) bool, the tokens that could have come
+    depth: Tensor | None = None  # (N, T) int64, drafts of its pass that came true before it
 
     def completion(self, row: int) -> list[int]:
         """The sampled ids of one row, without the stop token."""
         end = self.lengths[row] - self.finished[row].long()
         return self.tokens[row, self.prompt_lengths[row] : end].tolist()
 
-    def rows(self, index: Tensor | slice, T: int | None = None) -> "Generation":
-        """The rows `index` in that order, cut to T columns."""
-        return Generation(*(x if x is None else x[index] if x.ndim == 1 else x[index, :T] for x in self))
-
-    def cat(self, other: "Generation") -> "Generation":
-        """The rows of both, the other's last; what is shorter is filled up with zeros."""
-        T = max(self.tokens.shape[1], other.tokens.shape[1])
-
-        return Generation(*(x if x is None else torch.cat((_widened(x, T), _widened(y, T)))
-                            for x, y in zip(self, other)))
-
-
-def _widened(x: Tensor, width: int, value: int = 0) -> Tensor:
-    """x (n, T, ...) with columns of `value` up to `width`; a column of numbers, (n,), stays."""
-    return x if x.ndim == 1 else F.pad(x, (0, 0) * (x.ndim - 2) + (0, width - x.shape[1]), value=value)
-
-
-class Asked(NamedTuple):
-    """What the host knows of a row that is being decoded."""
-
-    row: int  # of `Decoder.out`
-    limit: int  # the length at which it ends
-    sampling: tuple  # temperature, top_k, top_p
+    def acceptance(self) -> list[float]:
+        """Of the drafts at depth 1, 2, ... behind others that came true, the share that did, too."""
+        column = torch.arange(self.tokens.shape[1], device=self.mask.device)
+        has_drafts = self.mask & (column > self.prompt_lengths.unsqueeze(1))  # all but the first
+        came = self.depth[has_drafts].bincount().tolist()  # tokens at each depth
+        is_tried = has_drafts & (column + 1 < self.lengths.unsqueeze(1))  # behind the last: no token
+        tried = self.depth[is_tried].bincount(minlength=len(came)).tolist()
+        return [hits / max(1, drafts) for hits, drafts in zip(came[1:], tried)]
 
 
 @dataclass
-class Batch:
+class Batch(Rows):
     """The rows that a Decoder has at present, n of them, and what their next step needs."""
 
-    asked: list[Asked]  # (n,)
     cache: Cache
+    sampling: list[tuple[float, int, float]]  # (n,) temperature, top_k, top_p, on the host
     row: Tensor  # (n,) int64, of `Decoder.out`
-    last: Tensor  # (n,) int64, where its last token would be, by its limit
-    noise: Tensor  # (n, W) float32, the chance of the token at each position
+    last: Tensor  # (n,) int64, the last position that it may fill
+    noise: Tensor  # (n, > W) float32, the chance of the token at each position
     is_alive: Tensor  # (n,) bool, it has not ended
     logp: Tensor  # (n,) of all that was drawn: NaN as soon as a logit is
-    token: Tensor  # (n,) int64, its last one, which the model has not yet read
-    made: Tensor  # (n, steps since the last look) int64, the tokens drawn, -1 for none
+    made: Tensor  # (n, .) int64, each token drawn since the last look, plus 1; 0 is none
+    h: Tensor | None = None  # (n, T, C), states of the T tokens of the last pass
+    tokens: Tensor | None = None  # (n, T) int64, drawn behind each of them
+    count: Tensor | None = None  # (n,) int64, how many of those stand
 
-    def __post_init__(self):
-        """`ways`: how rows are drawn, and which ones so; `most`: tokens of a row that are read."""
-        self.ways, self.most = {}, max(asked.limit for asked in self.asked) - 1
-        for sampling in {asked.sampling for asked in self.asked}:
-            places = [i for i, asked in enumerate(self.asked) if asked.sampling == sampling]
-            self.ways[sampling] = torch.tensor(places, device=self.row.device)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+    @cached_property
+    def ways(self) -> dict[tuple, Tensor]:
+        """The rows that are drawn in each way, (.,) int64."""
+        places = {way: [i for i, each in enumerate(self.sampling) if each == way] for way in set(self.sampling)}
+        return {way: self.row.new_tensor(each) for way, each in places.items()}
 
     def select(self, places: list[int]) -> "Batch":
         """The rows at these places."""
-        index = torch.tensor(places, device=self.row.device)
-        rows = {name: value[index] for name, value in self.tensors().items()}
-        asked, cache = [self.asked[i] for i in places], self.cache.select(index, self.cache.longest)
-        return Batch(asked, cache, **rows)
+        index = self.row.new_tensor(places)
+        return replace(self.rows(index), cache=self.cache.select(index, self.cache.longest),
+                       sampling=[self.sampling[i] for i in places])
 
     def cat(self, other: "Batch") -> "Batch":
-        """The rows of both, the other's last; a row with fewer columns gets more of -1."""
-        rows, mine, theirs = {}, self.tensors(), other.tensors()
-        for name, value in mine.items():
-            width = max(value.shape[1:2] + theirs[name].shape[1:2], default=0)
-            rows[name] = torch.cat((_widened(value, width, -1), _widened(theirs[name], width, -1)))
-        return Batch(self.asked + other.asked, self.cache.cat(other.cache), **rows)
+        """The rows of both, the other's last."""
+        return replace(super().cat(other), cache=self.cache.cat(other.cache),
+                       sampling=self.sampling + other.sampling)
 
 
 class Decoder:
     """Rows that are decoded together: they join between two steps and leave when they have ended.
 
-    `admit` reads prompts and `step` gives every row its next token, both without a wait for the
-    device; `look` waits, tells what was made since the last look, and lets go what has ended. It
-    all stands in `out`, whole for the rows that have ended; behind the longest text, W tokens, it
-    has one column more, where goes what is not to be kept.
+    `admit` reads prompts and `step` gives every row its next tokens, both without a wait for the
+    device; `look` waits, tells what was made, and lets go what has ended. It all stands in `out`,
+    but for `mask` and `finished`; behind the longest text, W tokens, `out` has one column more,
+    into which goes what is not to be kept. With `draft` see `generate`.
     """
 
     def __init__(self, model: Transformer, rows: int, width: int, stop_ids: Sequence[int] = (),
-                 keep_routing: bool = False, keep_support: bool = False):
-        self.model, self.width = model, width
+                 keep_routing: bool = False, keep_support: bool = False, draft: int = 0):
+        self.model, self.width, self.draft = model, width, draft
         self.batch: Batch | None = None
-        self.blank = _blank(model, width + 1, stop_ids, keep_routing, keep_support)  # a row of `out`
+        self.blank = _blank(model, width + 1, stop_ids, keep_routing, keep_support, draft > 0)
         self.out = self.blank.rows(self.blank.lengths.new_zeros(rows))
-        self.stops = self.blank.tokens.new_tensor(list(stop_ids))
+        self.stops = self.blank.lengths.new_tensor(list(stop_ids))
+        self.behind = torch.arange(1, draft + 2, device=self.stops.device)
 
     @torch.no_grad()
     def admit(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], limits: Sequence[int],
@@ -223,114 +229,155 @@ class Decoder:
         rows: free ones of `out`, as many for each prompt; limits: the lengths at which they end;
         noise (n, steps): their chance; sampling: temperature, top_k, top_p.
         """
-        model, out, device = self.model, self.out, self.stops.device
-        longest, samples = max(map(len, prompts)), len(rows) // len(prompts)
-        padded = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
-        tokens = torch.tensor(padded, device=device)  # (prompts, longest)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (prompts,)
-        cache = model.new_cache(len(prompts), self.width)
-        # padding stands right of the prompt, so no prompt token sees it, and decoding overwrites it
-        h, routings = model.trunk(tokens, cache)  # (prompts, longest, C)
-        cache.advance(lengths - 1, longest - 1)  # `_draw` counts the token behind which it draws
-        source = torch.arange(len(prompts), device=device).repeat_interleave(samples)  # (n,)
-        if samples > 1:
+        out, device = self.out, self.stops.device
+        is_prompt, tokens, h, cache, routings = self._prefill(prompts)
+        source = torch.arange(len(prompts), device=device).repeat_interleave(len(rows) // len(prompts))
+        if len(rows) > len(prompts):
             cache = cache.select(source, cache.longest)
-        row, lengths = torch.tensor(rows, device=device), lengths[source]  # (n,)
-        for value, empty in zip(out, self.blank):
-            if value is not None:
-                value[row] = empty
-        out.prompt_lengths[row] = out.lengths[row] = lengths
-        is_prompt = torch.arange(longest, device=device) < lengths.unsqueeze(1)  # (n, longest)
-        out.tokens[row, :longest] = tokens[source].where(is_prompt, self.blank.tokens[:, :longest])
+        row, lengths = torch.tensor(rows, device=device), is_prompt.sum(1)[source]  # (n,)
+        for name, empty in self.blank.tensors().items():
+            getattr(out, name)[row] = empty
+        out.prompt_lengths[row] = lengths
+        out.tokens[row, : tokens.shape[1]] = tokens[source]
         for layer, routing in enumerate(routings if out.routing is not None else ()):
-            out.routing[row, :longest, layer] = routing.topk_idx[source]
+            read = routing.topk_idx.where(is_prompt.unsqueeze(-1), self.blank.routing[0, 0, layer])
+            out.routing[row, : tokens.shape[1], layer] = read[source]
         place = lengths.unsqueeze(1) + torch.arange(noise.shape[1], device=device)  # (n, steps)
-        chance = torch.zeros(len(row), self.width + noise.shape[1], device=device)
-        new = Batch([Asked(*pair, sampling) for pair in zip(rows, limits)], cache, row,
-                    last=torch.tensor(limits, device=device) - 1, is_alive=row >= 0,
-                    noise=chance.scatter_(1, place, noise.to(device)), logp=chance[:, 0],
-                    token=row, made=row.new_empty(len(row), 0))
-        self._draw(new, h[source, lengths - 1])
+        chance = torch.zeros(len(row), self.width + noise.shape[1] + self.draft, device=device)
+        new = Batch(cache, [sampling] * len(row), row, torch.tensor(limits, device=device) - 1,
+                    noise=chance.scatter(1, place, noise.to(device)), is_alive=row >= 0,
+                    logp=chance[:, 0], made=row.new_empty(len(row), 0))
+        self._draw(new, h[source, lengths - 1].unsqueeze(1), tokens[source, lengths - 1].unsqueeze(1))
         self.batch = self.batch.cat(new) if self.batch else new
+
+    def _prefill(self, prompts):
+        """Where Q padded prompts are no padding, (Q, T), their tokens, states (Q, T, C), cache, experts.
+
+        Padding stands right of a prompt, so no token of it sees any, and decoding overwrites it.
+        """
+        pad, longest = self.blank.tokens[0, 0], max(map(len, prompts))
+        padded = [[*prompt, *[-1] * (longest - len(prompt))] for prompt in prompts]
+        tokens = self.stops.new_tensor(padded)  # (Q, T)
+        is_prompt = tokens >= 0
+        tokens = tokens.where(is_prompt, pad)
+        cache = self.model.new_cache(len(prompts), self.width + self.draft, modules=min(self.draft, 1))
+        h, routings = self.model.trunk(tokens, cache)  # (Q, T, C)
+        if self.draft and longest > 1:
+            self._module(cache, h[:, :-1], tokens[:, 1:])
+        cache.advance(is_prompt.sum(1) - 1, longest - 1)  # `_draw` counts the one behind which it draws
+        return is_prompt, tokens, h, cache, routings
 
     @torch.no_grad()
     def step(self) -> None:
-        """Read the last token of every row, and draw the next."""
-        batch, cache, out = self.batch, self.batch.cache, self.out
-        h, routings = self.model.trunk(batch.token.unsqueeze(1), cache)  # (n, 1, C)
-        column = cache.length.where(batch.is_alive, self.width)  # (n,)
-        for layer, routing in enumerate(routings if out.routing is not None else ()):
-            out.routing[batch.row, column, layer] = routing.topk_idx[:, 0]
-        self._draw(batch, h[:, 0])
+        """Read the last token of every row, with drafts behind it, and draw what follows."""
+        tokens = self._with_drafts(self.batch) if self.draft else self.batch.tokens  # (n, T)
+        h, routings = self.model.trunk(tokens, self.batch.cache)  # (n, T, C)
+        self._draw(self.batch, h, tokens, routings)
 
-    def _draw(self, batch: Batch, h: Tensor) -> None:
-        """The token behind each row, from the state h (n, C) of its last one, goes into `out`."""
-        out, row, place = self.out, batch.row, batch.cache.length + 1  # (n,) where the token will be
-        logits = self.model.lm_head(h).to(at_least_float32(h.dtype))  # (n, V)
-        draw = self._sample(batch, logits, batch.noise.gather(1, place.unsqueeze(1)).squeeze(1))
-        column = place.where(batch.is_alive, self.width)  # (n,), an ended row stands still
+    def _draw(self, batch: Batch, h: Tensor, tokens: Tensor, routings=()) -> None:
+        """What comes behind tokens (n, T), with the states h (n, T, C), goes into `out`.
+
+        All but the first of these are drafts. What is drawn behind them stands if they are what was
+        drawn in their place, and did not end the row.
+        """
+        out, row, T = self.out, batch.row.unsqueeze(1), h.shape[1]
+        place = batch.cache.length.unsqueeze(1) + self.behind[:T]  # (n, T)
+        draw = self._sample(batch, h, place)
+        is_end = torch.isin(draw.token, self.stops) | (place >= batch.last.unsqueeze(1))  # (n, T)
+        stands = batch.is_alive.unsqueeze(1)  # (n, T) in the end
+        if T > 1:
+            goes_on = (draw.token[:, :-1] == tokens[:, 1:]) & ~is_end[:, :-1]  # (n, T-1)
+            stands = torch.cat((stands, goes_on), 1).cumprod(1).bool()
+        column = place.where(stands, self.width)
         out.tokens[row, column] = draw.token
         out.logps[row, column] = draw.logp
         out.entropy[row, column] = draw.entropy
         if out.support is not None:
             out.support[row, column] = draw.support
-        made = draw.token.where(batch.is_alive, -1)
-        batch.made = torch.cat((batch.made, made.unsqueeze(1)), 1)
-        batch.token, batch.logp = draw.token, batch.logp + draw.logp
-        batch.cache.advance(batch.is_alive, min(batch.cache.longest + 1, batch.most))
-        batch.is_alive = batch.is_alive & (place < batch.last) & ~torch.isin(draw.token, self.stops)
+        if out.depth is not None:
+            out.depth[row, column] = torch.arange(T, device=h.device)
+        for layer, routing in enumerate(routings if out.routing is not None else ()):
+            out.routing[row, (place - 1).where(stands, self.width), layer] = routing.topk_idx
+        batch.h, batch.tokens, batch.count = h, draw.token, stands.sum(1)
+        batch.made = torch.cat((batch.made, (draw.token + 1) * stands), 1)
+        batch.logp = batch.logp + draw.logp.sum(1)
+        batch.is_alive = batch.is_alive & ~(is_end & stands).any(1)
+        batch.cache.advance(batch.count, min(batch.cache.longest + T, self.width - 1))
 
-    def _sample(self, batch: Batch, logits: Tensor, noise: Tensor) -> Draw:
-        """`sample_tokens` for rows that are drawn in unlike ways: logits (n, V), noise (n,)."""
+    def _sample(self, batch: Batch, h: Tensor, place: Tensor) -> Draw:
+        """A draw behind each of the states h (n, T, C), with the chance of its `place` (n, T)."""
+        logits = self.model.lm_head(h.flatten(0, 1)).to(at_least_float32(h.dtype))  # (n*T, V)
+        noise = batch.noise.gather(1, place).flatten()  # (n*T,)
         if len(batch.ways) == 1:
-            return sample_tokens(logits, *batch.asked[0].sampling, noise)
-        draws = [sample_tokens(logits[places], *sampling, noise[places])
-                 for sampling, places in batch.ways.items()]
-        back = torch.cat(list(batch.ways.values())).argsort()  # (n,)
-        return Draw(*(torch.cat(parts)[back] for parts in zip(*draws)))
+            draw = sample_tokens(logits, *batch.sampling[0], noise)
+        else:  # those that are drawn in one way together
+            index = torch.arange(len(noise), device=h.device).view_as(place)  # (n, T)
+            parts = [index[rows].flatten() for rows in batch.ways.values()]
+            draws = [sample_tokens(logits[part], *way, noise[part]) for way, part in zip(batch.ways, parts)]
+            back = torch.cat(parts).argsort()  # (n*T,)
+            draw = Draw(*(torch.cat(each)[back] for each in zip(*draws)))
+        return Draw(*(each.unflatten(0, place.shape) for each in draw))
+
+    def _with_drafts(self, batch: Batch) -> Tensor:
+        """The last token of each row, and what the first MTP module expects behind it: (n, T).
+
+        First it reads the last pass again: the states are the model's now, and the tokens those
+        drawn. To look further it takes its own state for the model's that is not there yet.
+        """
+        cache, longest = batch.cache, batch.cache.longest
+        latest = (batch.count - 1).clamp(min=0).unsqueeze(1)  # (n, 1), in the last pass
+        tokens = [batch.tokens.gather(1, latest)]  # (n, 1)
+        cache.advance(-batch.count, longest)
+        h = self._module(cache, batch.h, batch.tokens)  # (n, T, C)
+        cache.advance(batch.count, longest)
+        h = h.gather(1, latest.unsqueeze(-1).expand(-1, -1, h.shape[-1]))  # (n, 1, C)
+        for depth in range(self.draft):
+            if depth > 0:
+                h = self._module(cache, h, tokens[-1])
+                cache.advance(1)
+            place = cache.length.unsqueeze(1) + 1  # (n, 1)
+            tokens.append(self._sample(batch, h, place).token)
+        cache.advance(1 - self.draft)
+        return torch.cat(tokens, 1)
+
+    def _module(self, cache: Cache, h: Tensor, tokens: Tensor) -> Tensor:
+        """States (n, T, C) of the first MTP module, from states h and the tokens (n, T) behind them."""
+        model = self.model
+        module = model.model.layers[model.config.num_hidden_layers]
+        ahead = model.model.embed_tokens(tokens).to(h.dtype)  # (n, T, C)
+        return module(h, ahead, *model.freqs_and_mask(tokens, cache), cache)[0]
 
     def look(self) -> Iterator[tuple[int, list[int], bool]]:
         """Row of `out`, its tokens since the last look, whether it has ended; rows without are left out.
 
         The one wait for the device. Raises UserError when a logit was NaN or infinite.
         """
-        batch, out = self.batch, self.out
-        state = torch.stack((batch.is_alive, batch.logp.isnan(), batch.cache.length + 1), 1)  # (n, 3)
-        found = torch.cat((state, batch.made), 1).tolist()
-        if any(is_nan for _, is_nan, *_ in found):
+        batch = self.batch
+        state = torch.stack((batch.row, batch.is_alive, batch.logp.isnan(), batch.cache.length), 1)
+        found = torch.cat((state, batch.made), 1).tolist()  # (n, 4 + made)
+        if any(is_nan for _, _, is_nan, *_ in found):
             raise UserError("sampling: the model's logits are not finite: the training run behind it diverged")
-        ended = [(asked.row, length)
-                 for asked, (is_alive, _, length, *made) in zip(batch.asked, found)
-                 if not is_alive and max(made, default=-1) >= 0]
-        if ended:
-            self._close(*out.lengths.new_tensor(ended).unbind(1))
         batch.made = batch.made[:, :0]
-        batch.cache.longest = max(length for _, _, length, *_ in found) - 1
-        left = [i for i, (is_alive, *_) in enumerate(found) if is_alive]
+        batch.cache.longest = max(length for _, _, _, length, *_ in found)
+        left = [i for i, (_, is_alive, *_) in enumerate(found) if is_alive]
+        if len(left) < len(found):
+            self.out.lengths[batch.row] = batch.cache.length + 1
         if len(left) <= COMPACT_BELOW * len(found):
             self.batch = batch.select(left) if left else None
-        return ((asked.row, [token for token in made if token >= 0], not is_alive)
-                for asked, (is_alive, _, _, *made) in zip(batch.asked, found) if max(made, default=-1) >= 0)
+        return ((row, [token - 1 for token in made if token], not is_alive)
+                for row, is_alive, _, _, *made in found if any(made))
 
     def drop(self, rows: set[int]) -> None:
         """Rows of `out` leave the batch unfinished."""
         left = [i for i, row in enumerate(self.batch.row.tolist()) if row not in rows]
         self.batch = self.batch.select(left) if left else None
 
-    def _close(self, row: Tensor, lengths: Tensor) -> None:
-        """Complete the rows of `out` that have ended, (k,), at these lengths."""
-        out, column = self.out, torch.arange(self.width + 1, device=row.device)
-        out.lengths[row] = lengths
-        out.finished[row] = torch.isin(out.tokens[row, lengths - 1], self.stops)
-        start, end = out.prompt_lengths[row].unsqueeze(1), lengths.unsqueeze(1)  # (k, 1)
-        out.mask[row] = (start <= column) & (column < end)
-
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_samples: int = 1,
              max_new_tokens: int = 256, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
              stop_ids: Sequence[int] = (), seed: int | Sequence[int] | None = None,
-             keep_routing: bool = False, keep_sampling_mask: bool = False,
+             keep_routing: bool = False, keep_sampling_mask: bool = False, draft: int = 0,
              on_token: Callable[[int, int], None] | None = None) -> Generation:
     """Sample `num_samples` completions of each prompt, all in one batch.
 
@@ -341,15 +388,26 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
     sequence has one per prompt (so that ranks that share the prompts draw what one process would),
     None is different each time. Raises UserError for requests that cannot be met, and when the
     model's logits are not finite.
+
+    With `draft` the first MTP module guesses so many tokens ahead, with the noise that will be
+    theirs, and one pass of the model reads them all (speculative decoding; V3 section 5.4.3). A
+    guess is right if the model draws the same token from the same noise, so that no text changes,
+    greedy or sampled (but where rounding decides between two tokens). Sharing the noise gives
+    something away: it keeps `sum_v |P_v & Q_v|`, the overlap of both intervals of each token on
+    the line of the noise, against at most `sum_v min(p_v, q_v)` by the best coupling, whose text
+    would depend on the drafts. `python -m tests.bench.draft` prints both.
     """
-    SamplingKnobs(num_samples, max_new_tokens, temperature, top_k, top_p)
+    SamplingKnobs(num_samples, max_new_tokens, temperature, top_k, top_p, draft)
     check_prompts(model.config, prompts, stop_ids)
     context = model.config.max_position_embeddings
     max_new_tokens = min(max_new_tokens, context)
     limits = [min(len(prompt) + max_new_tokens, context)
               for prompt in prompts for _ in range(num_samples)]
     noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens)  # (N, steps)
-    decoder = Decoder(model, len(limits), max(limits), stop_ids, keep_routing, keep_sampling_mask)
+    if draft and not model.config.num_nextn_predict_layers:
+        draft = 0
+        print("draft: the model has no MTP module, it decodes without", file=sys.stderr)
+    decoder = Decoder(model, len(limits), max(limits), stop_ids, keep_routing, keep_sampling_mask, draft)
     look_every = 1 if on_token else LOOK_EVERY[decoder.stops.device.type]
     with evaluating(model):
         decoder.admit(prompts, range(len(limits)), limits, noise, temperature, top_k, top_p)
@@ -361,7 +419,11 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
                         on_token(row, token)
             if decoder.batch:
                 decoder.step()
-    return decoder.out.rows(slice(None), int(decoder.out.lengths.max()))
+    out = decoder.out.rows(slice(None), int(decoder.out.lengths.max()))
+    column, end = torch.arange(out.tokens.shape[1], device=out.tokens.device), out.lengths.unsqueeze(1)
+    is_last_a_stop = torch.isin(out.tokens.gather(1, end - 1).squeeze(1), decoder.stops)  # (N,)
+    mask = (column >= out.prompt_lengths.unsqueeze(1)) & (column < end)  # (N, T)
+    return replace(out, mask=mask, finished=is_last_a_stop)
 
 
 def draw_noise(seed: int | Sequence[int] | None, prompts: int, num_samples: int, steps: int) -> Tensor:
@@ -390,7 +452,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(was_training)
 
 
-def _blank(model, width: int, stop_ids, keep_routing: bool, keep_support: bool) -> Generation:
+def _blank(model, width: int, stop_ids, keep_routing, keep_support, keep_depth) -> Generation:
     """One row of nothing but padding."""
     config, device = model.config, model.lm_head.weight.device
     pad = stop_ids[0] if len(stop_ids) else config.eos_token_id
@@ -402,7 +464,8 @@ def _blank(model, width: int, stop_ids, keep_routing: bool, keep_support: bool) 
     everything = torch.ones(config.vocab_size, dtype=torch.bool, device=device)  # (V,)
     return Generation(tokens, zeros.bool(), none, none, zeros, zeros, finished=none.bool(),
                       routing=experts.repeat(1, width, layers, 1) if keep_routing else None,
-                      support=everything.repeat(1, width, 1) if keep_support else None)
+                      support=everything.repeat(1, width, 1) if keep_support else None,
+                      depth=torch.zeros_like(tokens) if keep_depth else None)
 
 
 @dataclass
@@ -414,6 +477,8 @@ class SamplingKnobs(Knobs):
     temperature: float = knob(0.8, "above 1 flattens the distribution; 0 is greedy", least=0)
     top_k: int = knob(0, "only the k likeliest tokens; 0 is all", least=0)
     top_p: float = knob(0.95, "only the likeliest that hold this probability; 1 is all", above=0, most=1)
+    draft: int = knob(0, "tokens that the MTP module guesses ahead: the same text, often sooner",
+                      least=0)
 
 
 def check_prompts(config, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> None:
@@ -473,7 +538,8 @@ def load(knobs: SampleConfig) -> tuple[Path, Transformer, Tokenizer, ExpertCache
     cache = ExpertCache(parse_size(knobs.expert_cache)) if knobs.experts == "disk" else None
     dtype = getattr(torch, knobs.dtype) if knobs.dtype else None
     device = pick_device(knobs.device)
-    model = Transformer.from_pretrained(directory, "fused", device, dtype, mtp=False, experts=cache)
+    model = Transformer.from_pretrained(directory, "fused", device, dtype, mtp=knobs.draft > 0,
+                                        experts=cache)
     return directory, model, tokenizer, cache
 
 
@@ -503,17 +569,18 @@ def main(argv: list[str]) -> None:
         Console(knobs, tokenizer, partial(answer, model, tokenizer)).run(where)
 
 
-def answer(model: Transformer, tokenizer: Tokenizer, prompt: list[int], on_token, knobs: SampleConfig) -> None:
+def answer(model: Transformer, tokenizer: Tokenizer, prompt: list[int], on_token,
+           knobs: SampleConfig) -> None:
     """`votes` answers to a conversation, token by token, with thoughts within the budget."""
     budget = budget_of(tokenizer, knobs.budget)
     complete = generate if budget is None else partial(think_within, generate, budget=budget)
     complete(model, [prompt], num_samples=knobs.votes, max_new_tokens=knobs.max_new_tokens,
              temperature=knobs.temperature, top_k=knobs.top_k, top_p=knobs.top_p,
-             stop_ids=tokenizer.stop_ids, seed=knobs.seed, on_token=on_token)
+             stop_ids=tokenizer.stop_ids, seed=knobs.seed, draft=knobs.draft, on_token=on_token)
 
 
 def service_of(knobs: SampleConfig, directory: Path, model: Transformer, tokenizer: Tokenizer):
-    """The engine as data/talk/serve.py offers it. Raises UserError where the libraries for that are missing."""
+    """The engine as data/talk/serve.py offers it. Raises UserError where its libraries are missing."""
     try:
         from data.talk.serve import Service
     except ImportError as error:
@@ -534,7 +601,8 @@ def continue_text(knobs: SampleConfig, directory: Path, model: Transformer, toke
     print(lead, end="", flush=True)
     out = generate(model, [ids], num_samples=knobs.num_samples, max_new_tokens=knobs.max_new_tokens,
                    temperature=knobs.temperature, top_k=knobs.top_k, top_p=knobs.top_p,
-                   stop_ids=tokenizer.stop_ids, seed=knobs.seed, on_token=printer(tokenizer))
+                   stop_ids=tokenizer.stop_ids, seed=knobs.seed, draft=knobs.draft,
+                   on_token=printer(tokenizer))
     print()
     seconds = time.perf_counter() - started
     for row in range(1, knobs.num_samples):

@@ -1,7 +1,9 @@
 """sample.py: the distribution that is sampled, generation against full passes, the program."""
 
+import gc
 import math
 import random
+from functools import reduce
 
 import pytest
 import torch
@@ -27,6 +29,26 @@ def model():
     model = Transformer(config).train()
     for _, moe in model.moe_layers():
         moe.gate.e_score_correction_bias.normal_(0, 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def drafter():
+    """A model whose MTP module is right now and then: taught to go from t to 5t + 0, 1 or 2."""
+    torch.manual_seed(0)
+    config = Config.preset("tiny", vocab_size=V, hidden_size=32, num_hidden_layers=2, intermediate_size=64,
+                           max_position_embeddings=96, initializer_range=0.1)
+    model = Transformer(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        text = torch.randint(V, (16, 1))
+        for _ in range(24):
+            step = torch.rand(16, 1).mul(10).long().sub(7).clamp(min=0)  # 0 in 8 of 10
+            text = torch.cat((text, (5 * text[:, -1:] + step) % V), 1)
+        losses = model(text[:, :-1], text[:, 1:])
+        (losses["ce"] + losses["mtp"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     return model
 
 
@@ -179,10 +201,11 @@ class Waits(TorchDispatchMode):
         return operation(*args, **kwargs or {})
 
 
+@pytest.mark.parametrize("draft", [0, 2])
 @pytest.mark.parametrize("sampling", [(0.0, 0, 1.0), (0.8, 12, 0.9)])
-def test_a_step_never_waits_for_the_device(model, sampling):
+def test_a_step_never_waits_for_the_device(model, sampling, draft):
     noise = sample.draw_noise(0, 3, 1, 20)
-    decoder = sample.Decoder(model, 3, 40, [3, 4], keep_routing=True, keep_support=True)
+    decoder = sample.Decoder(model, 3, 40, [3, 4], keep_routing=True, keep_support=True, draft=draft)
     with Waits() as waits:
         torch.ones(2).sum().item()
         torch.ones(2)[torch.ones(2, dtype=torch.bool)]
@@ -195,13 +218,15 @@ def test_a_step_never_waits_for_the_device(model, sampling):
     assert sum(len(tokens) for _, tokens, _ in decoder.look()) == (decoder.out.entropy[:, :-1] > 0).sum() > 16
 
 
-def test_rows_join_and_leave_between_two_steps(model):
+@pytest.mark.parametrize("draft", [0, 1, 3])
+def test_rows_join_and_leave_between_two_steps(drafter, draft):
     """A server's batch: every row has its own chance, limit and way of being drawn, and is alone."""
     prompts = some_prompts(5, 2, 9, 4, 7, 3)
     asked = [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 9, 0.9), (1.0, 0, 0.8), (0.7, 9, 0.9), (1.3, 0, 1.0)]
-    wanted = [one_by_one(model, [prompt], 1, 12 + i, [3, 4], [i], *way)[0]
+    stops = [3, 4]
+    wanted = [one_by_one(drafter, [prompt], 1, 12 + i, stops, [i], *way)[0]
               for i, (prompt, way) in enumerate(zip(prompts, asked))]
-    decoder, waiting, texts = sample.Decoder(model, 3, 40, [3, 4]), list(range(6)), {}
+    decoder, waiting, texts = sample.Decoder(drafter, 3, 40, stops, draft=draft), list(range(6)), {}
     free, running = [0, 1, 2], {}
     while waiting or running:
         if waiting and free:
@@ -217,6 +242,129 @@ def test_rows_join_and_leave_between_two_steps(model):
         if decoder.batch:
             decoder.step()
     assert [texts[i] for i in range(6)] == wanted
+
+
+def rows_without_ties(model, prompts, wanted, got, noise, temperature):
+    """The rows with the same tokens; in the others rounding decided, between two as good as equal.
+
+    A pass over several tokens sums in another order than a pass over one, so that logits differ in
+    their last digits. A token changes where the noise is that near to the edge between two.
+    """
+    same = []
+    for row, (one, other) in enumerate(zip(texts_of(wanted), texts_of(got))):
+        at = next((i for i, (x, y) in enumerate(zip(one, other)) if x != y), None)
+        if at is None:
+            assert one == other
+            same.append(row)
+            continue
+        logits = model(torch.tensor([one[:at]]))[0, -1].detach().double()
+        if temperature == 0:
+            gap = (logits[one[at]] - logits[other[at]]).abs()
+        else:
+            edges = (logits / temperature).softmax(-1).cumsum(-1)
+            gap = (edges - noise[row, at - len(prompts[row])]).abs().min()
+        assert gap < 1e-5, f"row {row}: {one[at]} and {other[at]} at {at}"
+    return torch.tensor(same)
+
+
+def texts_of(out):
+    return [out.tokens[row, :n].tolist() for row, n in enumerate(out.lengths.tolist())]
+
+
+@pytest.mark.parametrize("draft", [1, 2, 3])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_change_no_text(drafter, draft, temperature):
+    """Ragged prompts, stops, limits, the context; alone and in a batch; log-probs and experts too."""
+    prompts = some_prompts(5, 1, 9, 30, 2, 90, 6, 12, 3, 3, 14, 8, 1, 7, 4, 2)
+    options = dict(max_new_tokens=23, stop_ids=[7], temperature=temperature, keep_routing=True)
+    noise = sample.draw_noise(list(range(16)), 16, 1, 23)
+    plain = generate(drafter, prompts, seed=list(range(16)), **options)
+    drafted = generate(drafter, prompts, seed=list(range(16)), draft=draft, **options)
+    alone = [generate(drafter, [prompt], seed=[i], draft=draft, **options) for i, prompt in enumerate(prompts)]
+    assert plain.depth is None and 0 < plain.finished.sum() < 16 and plain.lengths.max() == 96
+    for out in (drafted, reduce(sample.Generation.cat, alone)):
+        same = rows_without_ties(drafter, prompts, plain, out, noise, temperature)
+        assert len(same) >= 15
+        here, there = plain.rows(same), out.rows(same)
+        for name in ("lengths", "finished"):
+            assert torch.equal(getattr(here, name), getattr(there, name)), name
+        mask = here.mask
+        assert torch.equal(mask, there.mask[:, : mask.shape[1]])
+        for name in ("logps", "entropy"):
+            mine, theirs = getattr(here, name), getattr(there, name)[:, : mask.shape[1]]
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=0)
+        mine, theirs = (x.routing[:, : mask.shape[1]].sort(-1).values for x in (here, there))
+        assert torch.equal(mine[mask], theirs[mask])
+    if temperature:
+        torch.testing.assert_close(drafted.logps[:, 1:], recomputed_logps(drafter, drafted), atol=1e-5, rtol=0)
+    assert len(drafted.acceptance()) == draft and 0.2 < drafted.acceptance()[0] < 1
+    drafted.tokens[3, 32] += 1
+    with pytest.raises(AssertionError, match="row 3: .* at 32"):
+        rows_without_ties(drafter, prompts, plain, drafted, noise, temperature)
+
+
+def depths_by_hand(model, text, start, chance, draft, temperature):
+    """How many drafts came true before each token: the module's whole passes, without any cache."""
+    module, depths, at = model.model.layers[-1], [0], start + 1  # the prompt's draw has no drafts
+    while at < len(text):  # text[:at] is known, text[at - 1] not yet read by the model
+        known = torch.tensor([text[:at]])
+        h, _ = model.trunk(known[:, :-1])  # (1, at - 1, C)
+        hits = 0
+        for ahead in range(draft):
+            following = model.model.embed_tokens(known[:, 1:])
+            g, _ = module(h, following, *model.freqs_and_mask(known[:, 1:]))  # (1, ., C)
+            noise = chance[at + ahead - start : at + ahead - start + 1]
+            if at + ahead >= len(text):
+                break
+            guess = sample_tokens(model.lm_head(g[:, -1]), temperature, 0, 1.0, noise).token
+            if guess.item() != text[at + ahead]:
+                break
+            hits += 1
+            known = torch.cat((known, guess.unsqueeze(0)), 1)
+            h = torch.cat((h, g[:, -1:]), 1)
+        made = min(hits + 1, len(text) - at)
+        depths += range(made)
+        at += made
+    return depths
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_are_what_the_module_says_with_true_states_first_and_its_own_behind(drafter, temperature):
+    """So its cache holds what whole passes would see, whatever was rejected and written over."""
+    prompts = some_prompts(5, 1, 9, 2)
+    out = generate(drafter, prompts, max_new_tokens=24, draft=3, temperature=temperature, seed=3)
+    noise = sample.draw_noise(3, 4, 1, 24)
+    for row, prompt in enumerate(prompts):
+        text = out.tokens[row, : out.lengths[row]].tolist()
+        wanted = depths_by_hand(drafter, text, len(prompt), noise[row], 3, temperature)
+        assert out.depth[row][out.mask[row]].tolist() == wanted, row
+    assert out.depth.max() == 3
+
+
+def test_the_cache_of_drafting_is_a_layer_more_and_memory_is_flat_over_2000_tokens():
+    config = Config.preset("tiny", vocab_size=32, hidden_size=16, num_hidden_layers=1, max_position_embeddings=2100)
+    model = Transformer(config).eval()
+    decoder = sample.Decoder(model, 1, 2010, draft=1)
+    decoder.admit([[1, 2, 3]], [0], [2010], sample.draw_noise(0, 1, 1, 2007), 1.0, 0, 1.0)
+    buffer, held = decoder.batch.cache.buffer, []
+    width = config.kv_lora_rank + config.qk_rope_head_dim
+    assert buffer.shape == (1 + 1, 1, 2010 + 1, width)  # layers and module, rows, tokens and a draft
+    while decoder.batch and decoder.batch.cache.longest < 2005:
+        decoder.step()
+        list(decoder.look())
+        if decoder.batch.cache.longest // 500 > len(held):
+            held.append(sum(x.untyped_storage().nbytes() for x in gc.get_objects() if type(x) is torch.Tensor))
+    assert len(held) == 4 and len(set(held)) == 1
+    assert decoder.batch.cache.buffer is buffer
+
+
+def test_without_an_mtp_module_a_line_says_so(capsys):
+    config = Config.preset("tiny", vocab_size=V, hidden_size=32, num_hidden_layers=1, num_nextn_predict_layers=0)
+    model = Transformer(config)
+    plain, drafted = (generate(model, [[1, 2]], max_new_tokens=5, seed=0, draft=draft) for draft in (0, 2))
+    assert torch.equal(plain.tokens, drafted.tokens) and drafted.depth is None
+    assert capsys.readouterr().err == "draft: the model has no MTP module, it decodes without\n"
 
 
 def test_greedy_with_cache_is_greedy_without(model):
