@@ -606,7 +606,8 @@ class Transformer(nn.Module):
         """Embedding, blocks, final norm: h (B, T, C), and the Routing of each MoE layer."""
         used, limit = 0, self.config.max_position_embeddings
         if cache is not None:  # it may have room for guesses behind the context
-            used, limit = cache.longest, cache.capacity
+            has_drafts = len(cache.buffer) > self.config.num_hidden_layers  # which may lie behind it
+            used, limit = cache.longest, cache.capacity if has_drafts else min(limit, cache.capacity)
         if tokens.shape[1] + used > limit:
             raise UserError(f"context: {used} + {tokens.shape[1]} tokens, at most {limit} fit: shorten the text")
         freqs_cis, mask = self.freqs_and_mask(tokens, cache)

@@ -562,6 +562,8 @@ def main(argv: list[str]) -> None:
     directory, model, tokenizer, cache = load(knobs)
     if knobs.serve:
         service_of(knobs, directory, model, tokenizer).run()
+    elif knobs.prompt and knobs.votes > 1 or knobs.prompt and knobs.budget is not None:
+        Console(knobs, tokenizer, partial(answer, model, tokenizer)).turn(knobs.prompt)
     elif knobs.prompt:
         continue_text(knobs, directory, model, tokenizer, cache)
     else:

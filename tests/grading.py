@@ -345,7 +345,7 @@ GRADINGS = {
          each(test_sample.test_tokens_follow_the_distribution, (1.0, 0, 1.0), (2.0, 6, 1.0), (1.0, 0, 0.8))),
         {"temperature acts behind the truncation": ("truncate((logits - peak) / temperature, top_k, top_p)",
                                                     "truncate(logits - peak, top_k, top_p) / temperature"),
-         "entropy in bits": ("torch.special.entr(probs).sum(-1)", "torch.special.entr(probs).sum(-1) / math.log(2)")}),
+         "entropy in bits": ("(probs * information).sum(-1)", "(probs * information).sum(-1) / math.log(2)")}),
     "group_advantages": Grading(
         advantages,
         (each(FORMULA, ("grpo", "", "ragged"), ("dr_grpo", "", "ragged"), ("grpo", "", "one group dead")),),

@@ -414,7 +414,7 @@ def test_generated_tokens_are_those_of_the_cpu(temperature):
     wanted = generate(model, PROMPTS, **options)
     with gpu():
         got = generate(on_gpu(model), PROMPTS, **options)
-        for name, x in got._asdict().items():
+        for name, x in got.tensors().items():
             assert x.is_cuda
             torch.testing.assert_close(x.cpu(), getattr(wanted, name), atol=1e-5, rtol=1e-5)
 
