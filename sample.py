@@ -38,6 +38,7 @@ from data.text.tokenizer import Tokenizer, check_belongs, load_tokenizer
 from kernels import at_least_float32
 from model import Cache, Config, Transformer
 
+MOVED = {"bench": "python -m tests.bench.draft (drafts) or python -m tests.bench.decode (one token)"}
 COMPACT_BELOW = 0.75  # rows leave the batch, which copies the cache, when this share is still alive
 LOOK_EVERY = {"cpu": 1, "cuda": 16, "mps": 16}  # steps until the host waits to see what was made
 
@@ -188,8 +189,10 @@ class Batch(Rows):
     @cached_property
     def ways(self) -> dict[tuple, Tensor]:
         """The rows that are drawn in each way, (.,) int64."""
-        places = {way: [i for i, each in enumerate(self.sampling) if each == way] for way in set(self.sampling)}
-        return {way: self.row.new_tensor(each) for way, each in places.items()}
+        found = {way: [] for way in self.sampling}
+        for place, way in enumerate(self.sampling):
+            found[way].append(place)
+        return {way: self.row.new_tensor(places) for way, places in found.items()}
 
     def select(self, places: list[int]) -> "Batch":
         """The rows at these places."""
@@ -477,7 +480,7 @@ class SamplingKnobs(Knobs):
     temperature: float = knob(0.8, "above 1 flattens the distribution; 0 is greedy", least=0)
     top_k: int = knob(0, "only the k likeliest tokens; 0 is all", least=0)
     top_p: float = knob(0.95, "only the likeliest that hold this probability; 1 is all", above=0, most=1)
-    draft: int = knob(0, "tokens that the MTP module guesses ahead: the same text, often sooner",
+    draft: int = knob(0, "tokens that the MTP module guesses ahead: the same text, perhaps sooner",
                       least=0)
 
 
@@ -556,7 +559,7 @@ def printer(tokenizer) -> Callable[[int, int], None]:
 
 def main(argv: list[str]) -> None:
     """Continue a prompt, talk, or serve."""
-    knobs = parse_flags(SampleConfig, argv, "Continue a text with a checkpoint.")
+    knobs = parse_flags(SampleConfig, argv, "Continue a text with a checkpoint.", moved=MOVED)
     if not (knobs.prompt or knobs.chat or knobs.serve):
         raise UserError('the prompt is empty: python sample.py "Once upon a time"; --chat without one talks')
     directory, model, tokenizer, cache = load(knobs)
@@ -614,7 +617,10 @@ def continue_text(knobs: SampleConfig, directory: Path, model: Transformer, toke
         print(cache.report(len(ids) + made), file=sys.stderr)
         expert_touch_figure("experts.png", cache.counts())
     device = model.lm_head.weight.device
-    print(f"[{directory} on {device}: {made} tokens, {made / seconds:.3g} tokens/s]", file=sys.stderr)
+    shares = [] if out.depth is None else [f"{share:.0%}" for share in out.acceptance()]
+    hits = f", drafts right {' '.join(shares)}" if shares else ""
+    print(f"[{directory} on {device}: {made} tokens, {made / seconds:.3g} tokens/s{hits}]",
+          file=sys.stderr)
 
 
 if __name__ == "__main__":
