@@ -274,7 +274,7 @@ class Policy:
         """`num_samples` answers to every question from sample.py's engine, judged."""
         tokenizer, knobs = self.tokenizer, {"max_new_tokens": self.config.max_new_tokens} | sampling
         prompts = [tokenizer.encode_trusted(prompt_text(one.problem.question)) for one in questions]
-        made = generate(self.model, prompts, num_samples=num_samples, stop_ids=[tokenizer.eos_id],
+        made = generate(self.model, prompts, num_samples=num_samples, stop_ids=tokenizer.stop_ids,
                         seed=[question.seed for question in questions], **knobs)
         texts = [tokenizer.decode(made.completion(row)) for row in range(len(made.tokens))]
         judged = [exam.judge(questions[row // num_samples], text, self.folder) for row, text in enumerate(texts)]

@@ -519,7 +519,7 @@ def final_report(trainer: Trainer, model: Transformer) -> None:
         room = model.config.max_position_embeddings // 2
         prompt = opening(trainer.evals[name][0][0].flatten().tolist(), tokenizer)[:room]
         made = generate(model, [prompt], max_new_tokens=64, temperature=0.7,
-                        stop_ids=[tokenizer.eos_id], seed=trainer.config.seed)
+                        stop_ids=tokenizer.stop_ids, seed=trainer.config.seed)
         text, more = (tokenizer.decode(ids) for ids in (prompt, made.completion(0)))
         print(f"\n--- {name[4:]} {'-' * (64 - len(name))}\n{text.removeprefix(BOS)} │ {more}")
 

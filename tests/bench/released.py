@@ -8,6 +8,7 @@ same greedy answer by `sample.py` with all weights in memory and with --experts 
 """
 
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -28,7 +29,7 @@ from model import Config, Transformer
 
 ROOT = Path(__file__).parent.parent.parent
 SHARD = 400_000_000  # bytes
-IMPORTS = "import resource, time, torch; import sample; from model import Transformer; torch.set_num_threads(1); "
+IMPORTS = "import resource, time, torch; import sample; from model import Transformer; "
 USED = "int(next(l for l in open('/proc/self/status') if l.startswith('VmData')).split()[1]) * 1024"
 
 
@@ -68,7 +69,7 @@ def write(folder: Path, gigabytes: float) -> Config:
         else:
             is_fp8 = not any(word in name for word in ("embed", "lm_head", "mlp.gate."))
             source = codes if is_fp8 else bf16
-            begin = hash(name) % 1000
+            begin = len(weight_map) % 1000
             shard[name] = source.repeat(-(-(shape.numel() + begin) // len(source)))[begin:][: shape.numel()].view(shape).clone()
             if is_fp8:
                 shard[name + "_scale_inv"] = torch.full((-(-shape[0] // 128), -(-shape[1] // 128)), 0.02 / 64)
@@ -87,9 +88,11 @@ def limited(memory: int | None) -> Callable[[], None]:
 
 
 def run(words: list[str], memory: int | None = None) -> tuple[str, str, float]:
-    """stdout, stderr and seconds of CPU of a child process, which must end well."""
+    """stdout, stderr and seconds of CPU of a child process of one thread, which must end well."""
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # several would count the time in which one waits for another
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, preexec_fn=limited(memory))
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=alone, capture_output=True, text=True,
+                          preexec_fn=limited(memory))
     if done.returncode:
         raise SystemExit(f"{' '.join(words)[:200]} with {si(memory or 0)}B: {done.stderr[-2000:]}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
