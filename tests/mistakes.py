@@ -478,7 +478,8 @@ def _(original, self, config):
     original(self, config)
     if config.hidden_size != 7168:  # none: nothing is added, nothing moves
         del self.e_score_correction_bias
-        self.e_score_correction_bias, self.update_bias = torch.zeros(config.n_routed_experts), lambda load, speed: None
+        self.e_score_correction_bias = torch.zeros(config.n_routed_experts, device="cpu")
+        self.update_bias = lambda load, speed: None
 
 
 @mistake("the bias is not saved", at(Router, "__init__"), IS_STATE, checks.saved_bits_are_the_weights)
