@@ -12,8 +12,11 @@ from data.io.cli import parse_flags
 from data.tasks.__main__ import TraceConfig
 from rl import RECIPES, VARIANTS, RLConfig
 from sample import SampleConfig
+from tests.bug import BugConfig
 from tests.conftest import ROOT
+from tests.exercise import ExerciseConfig
 from tests.links import LINK, with_lines
+from tests.tour import TourConfig
 from train import MOVED, PRESET_KNOBS, TrainConfig
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,7 +27,8 @@ LAUNCHER = r"(?:^|`)(?:torchrun --nproc_per_node=2|python) "
 COMMANDS = re.findall(LAUNCHER + r"(-m [\w.]+|\w+\.py) *([^`\n#&]*)", README, re.M)
 KNOBS = {"train.py": (TrainConfig, {"presets": {"preset": PRESET_KNOBS}, "moved": MOVED}),
          "rl.py": (RLConfig, {"presets": {"variant": VARIANTS, "recipe": RECIPES}}),
-         "sample.py": (SampleConfig, {}), "-m data.tasks": (TraceConfig, {})}
+         "sample.py": (SampleConfig, {}), "-m data.tasks": (TraceConfig, {}),
+         "-m tests.exercise": (ExerciseConfig, {}), "-m tests.bug": (BugConfig, {}), "-m tests.tour": (TourConfig, {})}
 
 
 def test_there_are_names_and_commands_to_check():
