@@ -584,8 +584,10 @@ def test_bad_input_is_one_line_and_code_2(argv, words, checkpoint, tmp_path, mon
 
 def test_the_program_streams_the_newest_checkpoint(checkpoint, python):
     argv = ["Once upon", "--num_samples=2", "--max-new-tokens=30", "--temperature=1", "--device=cpu"]
-    first, again = (python("sample.py", *argv, cwd=checkpoint.parent.parent) for _ in range(2))
+    folder = checkpoint.parent.parent
+    first, again = (python("sample.py", *argv, f"--draft={draft}", cwd=folder) for draft in (0, 2))
     assert first.returncode == 0 and first.stdout == again.stdout
+    assert "drafts right" not in first.stderr and "%" in again.stderr.split("drafts right")[1]
     one, two = first.stdout.split("\n--- 2\n")
     assert one.startswith("Once upon") and two.startswith("Once upon") and one != two
     assert "out/base on cpu" in first.stderr and "tokens/s" in first.stderr

@@ -103,21 +103,28 @@ def bytes_of_pass(model: Transformer, rows: int, tokens: int, length: int, has_d
 
 
 def show_speed(model: Transformer, tokenizer, config: DraftConfig) -> None:
-    """Tokens/s without and with drafts, in turn, for each batch and context."""
+    """Tokens/s without and with drafts, in turn, for each batch: problems to their end, then stories.
+
+    Of stories the prompt fills the context but for the answer, which goes on over their ends.
+    """
     device = model.lm_head.weight.device
     fastest = bandwidth(device)
     print(f"\nmemory is read at {fastest / 1e9:.1f} GB/s\n{'batch':>5}{'context':>8}{'draft':>6}"
           f"{'tokens/s':>10}{'speed-up':>9}{'tokens a pass':>14}{'kB a token':>11}{'% of bandwidth':>15}")
-    stories = prompts_of(tokenizer, config)["stories"]
-    for batch, context in itertools.product(config.batch, config.context):
+    problems = prompts_of(tokenizer, config)["problems"]
+    stories = itertools.islice(local_documents("", 1, log=lambda line: None)["stories"], 400)
+    endless = list(itertools.chain(*(tokenizer.encode_trusted(text) for _, text in stories)))
+    for batch, context in itertools.product(config.batch, (0, *config.context)):
         lead = min(context, model.config.max_position_embeddings) - config.max_new_tokens
-        endless = list(itertools.chain(*stories)) * (1 + context // 1000)
-        prompts = [endless[24 * i :][: max(1, lead)] for i in range(batch)]
+        prompts = [endless[300 * i :][: max(1, lead)] for i in range(batch)]
+        if context == 0:
+            prompts = [problems[i % len(problems)] for i in range(batch)]
+        stop_ids = [] if context else [tokenizer.eos_id]
         times = {draft: [] for draft in (0, *config.draft)}
         for _, draft in itertools.product(range(config.rounds + 1), times):  # the first warms up
             start = time.perf_counter()
             out = generate(model, prompts, max_new_tokens=config.max_new_tokens, seed=0, draft=draft,
-                           temperature=config.temperature)
+                           stop_ids=stop_ids, temperature=config.temperature)
             int(out.lengths.max())
             first = time.perf_counter()
             generate(model, prompts, max_new_tokens=1, seed=0, draft=draft, temperature=config.temperature)
@@ -129,8 +136,9 @@ def show_speed(model: Transformer, tokenizer, config: DraftConfig) -> None:
             made = int(out.mask.sum()) - batch
             passes = made if draft == 0 else int((out.mask & (out.depth == 0)).sum()) - batch
             plain = plain or took
-            read = bytes_of_pass(model, batch, 1 + draft, context, draft > 0) / (batch * made / passes)
-            print(f"{batch:5}{context:8}{draft:6}{made / took:10.0f}{plain / took:9.2f}{made / passes:14.2f}"
+            length = context or int(out.lengths.max())
+            read = bytes_of_pass(model, batch, 1 + draft, length, draft > 0) / (batch * made / passes)
+            print(f"{batch:5}{context or 'problem':>8}{draft:6}{made / took:10.0f}{plain / took:9.2f}{made / passes:14.2f}"
                   f"{read / 1e3:11.0f}{100 * read * made / took / fastest:15.1f}", flush=True)
 
 
