@@ -141,7 +141,7 @@ def causal_attention_fused(q_nope, q_pe, k_nope, k_pe, v, scale, mask=None) -> T
     stay narrow in float32, which has no flash kernel, and where torch would choose cuDNN's, which
     takes V3's 192 and 128. `mask` may also be the bounds of a packed `document_mask`.
     """
-    T, H, Dv = v.shape[1:]
+    H, Dv = v.shape[2:]
     q = torch.cat((q_nope, q_pe), -1)  # (B, T, H, D+P)
     k = torch.cat((k_nope, k_pe.unsqueeze(2).expand(-1, -1, H, -1)), -1)  # (B, T, H, D+P)
     padded = F.pad(v, (0, max(0, q.shape[-1] - Dv)))  # (B, T, H, D+P)
@@ -218,7 +218,7 @@ def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=linear_refere
     gate rows first; down (E, C, F); both are cast to u's dtype; topk_idx, gates (N, K). Returns (N, C).
     """
     y = torch.zeros_like(u, dtype=at_least_float32(u.dtype))  # (N, C)
-    for expert in topk_idx.unique().tolist() or [0]:  # the others may lie on disk
+    for expert in topk_idx.unique().tolist() or [0]:  # one even without a token, for the gradient
         rows, slots = torch.where(topk_idx == expert)  # the (token, slot) pairs of this expert
         gate, up = linear(u[rows], gate_up[expert]).chunk(2, dim=-1)  # (n, F) each
         out = linear(F.silu(gate) * up, down[expert])  # (n, C)
@@ -227,9 +227,7 @@ def expert_ffn_reference(u, gate_up, down, topk_idx, gates, linear=linear_refere
 
 
 class _ExpertFFN(torch.autograd.Function):
-    """Pairs (token, k) sorted by expert, one grouped product for all, on CPU and GPU; keeps the pre-activations.
-
-    Widths have to be multiples of 16 bytes."""
+    """Pairs (token, k) sorted by expert, one grouped product for all; keeps the pre-activations."""
 
     @staticmethod
     def pairs(u, topk_idx, gates, E):
@@ -386,11 +384,13 @@ class Kernels(NamedTuple):
 
 
 REFERENCE = Kernels(
-    linear_reference, rms_norm_reference, apply_rope_reference, causal_attention_reference,
-    latent_attention_reference, expert_ffn_reference, linear_cross_entropy_reference)
+    linear=linear_reference, rms_norm=rms_norm_reference, apply_rope=apply_rope_reference,
+    causal_attention=causal_attention_reference, latent_attention=latent_attention_reference,
+    expert_ffn=expert_ffn_reference, linear_cross_entropy=linear_cross_entropy_reference)
 FUSED = Kernels(
-    linear_fused, rms_norm_fused, apply_rope_fused, causal_attention_fused, latent_attention_fused,
-    expert_ffn_fused, linear_cross_entropy_fused)
+    linear=linear_fused, rms_norm=rms_norm_fused, apply_rope=apply_rope_fused,
+    causal_attention=causal_attention_fused, latent_attention=latent_attention_fused,
+    expert_ffn=expert_ffn_fused, linear_cross_entropy=linear_cross_entropy_fused)
 
 
 def choose(impl: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *,

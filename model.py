@@ -605,8 +605,8 @@ class Transformer(nn.Module):
               replay: list[Tensor] | None = None) -> tuple[Tensor, list[Routing]]:
         """Embedding, blocks, final norm: h (B, T, C), and the Routing of each MoE layer."""
         used, limit = 0, self.config.max_position_embeddings
-        if cache is not None:  # it may have room for guesses behind the context
-            has_drafts = len(cache.buffer) > self.config.num_hidden_layers  # which may lie behind it
+        if cache is not None:
+            has_drafts = len(cache.buffer) > self.config.num_hidden_layers  # may lie behind the context
             used, limit = cache.longest, cache.capacity if has_drafts else min(limit, cache.capacity)
         if tokens.shape[1] + used > limit:
             raise UserError(f"context: {used} + {tokens.shape[1]} tokens, at most {limit} fit: shorten the text")

@@ -472,8 +472,9 @@ class RLTrainer(SavedRun):
             left = (config.steps - self.step) / max(1.0, config.steps * (1 - config.constant_until))
             lr = config.lr * min(1.0, left, (self.step + 1) / max(1, config.warmup_steps))
             grad_norm = float(train.optimizer_step(self.model, self.optimizer, lr, config.clip, self.world))
-            self.check_bad_steps(not math.isfinite(grad_norm))
-            train.update_biases(self.model, load, config.bias_update_speed)
+            is_good = math.isfinite(grad_norm)
+            self.check_bad_steps(not is_good)
+            train.update_biases(self.model, load, config.bias_update_speed * is_good)
             self.loads.append(load.cpu())
         return values | {"ratio_gap": first_gap, "lr": lr, "grad_norm": grad_norm,
                          "max_vio": train.max_violation(load), "score_s": scored - start,

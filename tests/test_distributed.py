@@ -117,7 +117,7 @@ def resumed(world: Dist, folder: str, kind: str) -> list[dict]:
     with torch.no_grad():
         for parameter in model.parameters():
             local(parameter).zero_()
-    load_state(torch.nn.ModuleDict({"model": model}), optimizer, SavedState(saved_states(ranks.Path(folder))[-1]), world)
+    load_state(torch.nn.ModuleDict({"model": model}), optimizer, SavedState(saved_states(ranks.Path(folder))[-1]))
     return steps(model, optimizer, world, 3, 3)
 
 

@@ -229,7 +229,7 @@ def test_state_comes_back_bit_for_bit(tmp_path):
     assert set(tensors) == {*modules.state_dict(), "rng", "log", *moments}
     assert json.loads((tmp_path / "rl.json").read_text()) == {"lr": 0.1}
     others, its_optimizer = trained(steps=0, seed=9)
-    load_state(others, its_optimizer, tensors, Dist())
+    load_state(others, its_optimizer, tensors)
     for each in (modules, others):  # the next step is the same, moments and step counts included
         each["model"](torch.ones(1, 3)).square().sum().backward()
     optimizer.step()
@@ -245,7 +245,7 @@ def test_state_of_another_model_is_refused(tmp_path):
                           (modules.state_dict() | {"optimizer.step.b": torch.ones(())}, "optimizer.step.b is of")):
         save_state(tmp_path, tensors, {"step": 1}, Dist())
         with refused(told):
-            load_state(modules, optimizer, SavedState(saved_states(tmp_path)[0]), Dist())
+            load_state(modules, optimizer, SavedState(saved_states(tmp_path)[0]))
 
 
 def test_a_log_row_has_the_order_of_the_columns_and_blanks(tmp_path):

@@ -262,7 +262,7 @@ class SavedRun:
 
     def restore(self, tensors: SavedState, notes: dict) -> None:
         """Take up where `save` left off."""
-        load_state(self.modules, self.optimizer, tensors, self.world)
+        load_state(self.modules, self.optimizer, tensors)
         self.loads = list(tensors.get("loads", ()))
         for name in self.NOTES:
             setattr(self, name, notes[name])

@@ -2,13 +2,13 @@
 
 A folder state-000100/ holds one safetensors file per rank and, written last, notes.json: without it the folder
 does not count. Sharded tensors are in it as each rank holds them, in the layout of torch.distributed.checkpoint's
-Hugging Face files, whose reader gives them to any number of ranks. Nothing is ever pickled.
+Hugging Face files, which torch's reader knows too; any number of ranks goes on from them. Nothing is ever pickled.
 """
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,21 +26,19 @@ def save_state(folder: Path, tensors: dict[str, Tensor], notes: dict, world: Dis
     A tensor that is not sharded is written by the first rank. notes must be JSON. Raises UserError.
     """
     path = folder / f"state-{notes['step']:06d}"
-    world.on_main(_empty, path)  # what another number of ranks had begun there
-    shards, offsets = {}, {}
-    for name, tensor in tensors.items():
-        if is_sharded(tensor) and local(tensor).numel():
-            shards[name], offsets[name] = local(tensor), list(tensor.__create_chunk_list__()[0].offsets)
-        elif not is_sharded(tensor) and world.is_main:
-            shards[name], offsets[name] = tensor, [0] * tensor.ndim
+    world.on_main(partial(shutil.rmtree, path, ignore_errors=True))  # what another number of ranks had begun
+    shards = {name: local(tensor) for name, tensor in tensors.items()
+              if (local(tensor).numel() if is_sharded(tensor) else world.is_main)}
+    offsets = {name: _begin(tensors[name]) for name in shards}
     with written_aside(path / f"shard-{world.rank + 1:05d}-of-{world.world_size:05d}.safetensors") as aside:
         write_tensors(aside, shards, {}, path.name, offsets)
     world.barrier()
     world.on_main(_close, path, notes, world.world_size)
 
 
-def _empty(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)
+def _begin(tensor: Tensor) -> list[int]:
+    """Where what this rank holds of a tensor begins in the whole one."""
+    return list(tensor.__create_chunk_list__()[0].offsets) if is_sharded(tensor) else [0] * tensor.ndim
 
 
 def _close(path: Path, notes: dict, ranks: int) -> None:
@@ -95,33 +93,26 @@ class SavedState(Mapping):
         return len(self.homes)
 
     def __getitem__(self, name: str) -> Tensor:
-        shards = [(self._begin(file, name), file.get(name)) for file in self.homes[name]]
-        whole = shards[0][1].new_empty(self.shape(name))
-        for begin, shard in shards:
-            whole[tuple(slice(a, a + n) for a, n in zip(begin, shard.shape))] = shard
+        whole = torch.empty(self.shape(name), dtype=self.homes[name][0].dtype(name))
+        self.read_into(name, whole)
         return whole
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the whole tensor, which is not read. KeyError: there is none of this name."""
-        ends = [[a + n for a, n in zip(self._begin(file, name), file.shape(name))] for file in self.homes[name]]
+        ends = [[a + n for a, n in zip(file.begin(name), file.shape(name))] for file in self.homes[name]]
         return tuple(map(max, zip(*ends)))
 
-    def _begin(self, file: TensorFile, name: str) -> list[int]:
-        return file.offsets[name]["saved_offsets"]
-
-    def read_into(self, targets: dict[str, Tensor], world: Dist) -> None:
-        """Fill tensors, sharded ones too, of the same names and shapes. Raises UserError for a damaged file."""
-        from torch.distributed import checkpoint as dcp  # here, since it takes half a second
-        from torch.distributed.checkpoint import HuggingFaceStorageReader
-
-        for file in self.files[world.rank :: world.world_size]:  # each rank checks some
-            for name in file.keys():
-                file.get(name)
-        world.barrier()
-        with warnings.catch_warnings():  # that one process is one process
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(self.path)),
-                     process_group=world.patient, no_dist=world.world_size == 1)
+    def read_into(self, name: str, target: Tensor) -> None:
+        """Fill a tensor of this shape, or what this rank holds of it, from the shards that it overlaps."""
+        mine, begin = local(target), _begin(target)
+        for file in self.homes[name]:
+            theirs, there = file.shape(name), file.begin(name)
+            low = [max(a, b) for a, b in zip(begin, there)]
+            high = [min(a + n, b + m) for a, n, b, m in zip(begin, mine.shape, there, theirs)]
+            if all(a < b for a, b in zip(low, high)):
+                to = tuple(slice(a - start, b - start) for a, b, start in zip(low, high, begin))
+                of = tuple(slice(a - start, b - start) for a, b, start in zip(low, high, there))
+                mine[to] = file.get(name)[of].to(mine.device)
 
 
 def state_of(modules: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -133,10 +124,11 @@ def state_of(modules: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return state
 
 
-def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedState, world: Dist) -> None:
+@torch.no_grad()
+def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedState) -> None:
     """Put `state_of` back into modules and optimizer, of however many ranks.
 
-    Raises UserError when the state is not of these modules; they are then as they were.
+    Raises UserError for a damaged file, and when the state is not of these modules, which are then as they were.
     """
     targets, parameters = modules.state_dict(), dict(modules.named_parameters())
     for name, tensor in targets.items():
@@ -153,5 +145,6 @@ def load_state(modules: nn.Module, optimizer: torch.optim.Optimizer, saved: Save
                 raise UserError(f"the state's {name} is of another model; --overwrite starts over")
             blank = torch.zeros_like(parameter) if saved.shape(name) else torch.zeros((), device=parameter.device)
             moments.setdefault(parameter, {})[key] = targets[name] = blank.detach()
-    saved.read_into(targets, world)
+    for name, target in targets.items():
+        saved.read_into(name, target)
     optimizer.state.update(moments)

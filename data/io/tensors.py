@@ -122,6 +122,10 @@ class TensorFile:
         """The shape of a tensor, which is not read."""
         return self.entries[name]["shape"]
 
+    def begin(self, name: str) -> list[int]:
+        """Where it begins in the whole tensor of which it is a shard (see `write_tensors`)."""
+        return self.offsets[name]["saved_offsets"]
+
     def dtype(self, name: str) -> torch.dtype:
         """Its dtype."""
         return getattr(torch, DTYPES[self.entries[name]["dtype"]])
