@@ -109,11 +109,11 @@ def shared_out(name: str, config: dict, state: dict[str, Tensor], ranks: int, ex
 def si(value: float) -> str:
     """Three digits and the unit's prefix.
 
-    >>> si(70_272), si(2.5e11) + "FLOP"
-    ('70.3 K', '250 GFLOP')
+    >>> si(70_272), si(2.5e11) + "FLOP", si(999_700)
+    ('70.3 K', '250 GFLOP', '1 M')
     """
     for prefix in ("", "K", "M", "G", "T", "P", "E", "Z"):
-        if value < 1000:
+        if value < 999.5:  # three digits of more are 1000
             return f"{value:.3g} {prefix}"
         value /= 1000
     return f"{value:.3g} Y"
