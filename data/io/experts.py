@@ -6,6 +6,7 @@ it lies in the file, and the expert that was not used for longest makes room.
 """
 
 from collections import Counter, OrderedDict
+from decimal import Decimal
 from typing import Iterable
 
 import torch
@@ -161,7 +162,7 @@ def parse_size(text: str) -> int:
     """
     number = text.strip().upper().rstrip("KMGTB")
     unit = text.strip().upper()[len(number) :]
-    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     if unit not in units or not number.strip().replace(".", "", 1).isdecimal():
         raise UserError(f"expert_cache: got {text!r}, wanted a size such as 8GB")
-    return int(float(number) * units[unit])
+    return int(Decimal(number.strip()) * units[unit])
