@@ -276,6 +276,19 @@ def test_experts_that_cannot_be_read_are_one_line(tmp_path):
         Transformer.from_pretrained(tmp_path / "0", mtp=False, experts=ExpertCache(10**9))
 
 
+def test_a_damaged_expert_of_ours_is_seen_once_it_is_read(tmp_path):
+    layouts.random_model("moonlight").save_pretrained(tmp_path)
+    file = checkpoint.open_weights(tmp_path)[WEIGHT]
+    with open(file.path, "rb+") as written:
+        written.seek(file.place(WEIGHT))
+        written.write(b"\x01\x02\x03")
+    cache = ExpertCache(10**9)
+    Transformer.from_pretrained(tmp_path, mtp=False, experts=cache)
+    cache.weight("model.layers.1.mlp.experts.", 4, "down_proj")
+    with refused(f"{WEIGHT} is damaged (checksum)"):
+        cache.weight("model.layers.1.mlp.experts.", 5, "down_proj")
+
+
 @pytest.mark.parametrize("text", ["", "8 XB", "many", "-3GB", "1e9", "GB", "1.2.3GB"])
 def test_a_size_that_is_none_is_one_line(text):
     with refused("wanted a size such as 8GB"):

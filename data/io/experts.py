@@ -117,11 +117,11 @@ class ExpertCache:
         self.scales[slot] = []
         for i, matrix in enumerate(MATRICES):
             name, bits = f"{prefix}{expert}.{matrix}.weight", self.slots[slot, i * self.part : (i + 1) * self.part]
-            file = self.files[name]
-            file.read_into(name, bits)
+            file, stored = self.files[name], bits.view(self.kind).view(self.shapes[i])
+            file.fill(name, stored)
             self.bytes_read += self.part
             if self.kind == FP8:
-                check_codes(f"{file.path}: {name}", bits.view(FP8))
+                check_codes(f"{file.path}: {name}", stored)
                 self.scales[slot].append(read_scales(self.files, name, self.block))
                 self.bytes_read += self.scales[slot][-1].nbytes
 

@@ -171,15 +171,27 @@ class TensorFile:
             if self.sums is not None:
                 hasher.update(bits.numpy())
             yield slice(begin, end), bits.view(dtype).view(end - begin, *shape[1:])
-        if self.sums is not None and self.sums.get(name) != hasher.hexdigest()[:16]:
-            raise UserError(f"{self.path}: {name} is damaged (checksum): take another copy of this file")
+        if self.sums is not None:
+            self._check(name, hasher.hexdigest()[:16])
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """Read a tensor into a contiguous one of its dtype and shape, without a buffer between.
+
+        Raises UserError when the bits are not those that were written.
+        """
+        self.read_into(name, bits_of(out))
+        if self.sums is not None:
+            self._check(name, checksum(name, out))
 
     def get(self, name: str) -> Tensor:
         """A tensor. Raises UserError when its bits are not those that were written."""
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
-        for rows, block in self.blocks(name):
-            bits_of(tensor.view(-1, *tensor.shape[1:])[rows]).copy_(bits_of(block))
+        self.fill(name, tensor)
         return tensor
+
+    def _check(self, name: str, digest: str) -> None:
+        if self.sums.get(name) != digest:
+            raise UserError(f"{self.path}: {name} is damaged (checksum): take another copy of this file")
 
 
 def _read_header(file: BinaryIO) -> tuple[int, dict[str, dict], dict[str, str]]:
