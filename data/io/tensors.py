@@ -67,9 +67,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict, one_of: s
     own, memory = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in memory:  # safetensors wants no two names for one memory
+        if tensor.data_ptr() in memory:  # safetensors wants no two names for one memory
             tensor = tensor.clone()
-        memory.add(tensor.untyped_storage().data_ptr())
+        memory.add(tensor.data_ptr())
         own[name] = tensor
     sums = {name: checksum(name, tensor) for name, tensor in own.items()}
     metadata = {"notes": json.dumps(notes), "set": one_of}
@@ -255,7 +255,7 @@ def check_codes(name: str, codes: Tensor) -> None:
 def read_scales(files: dict[str, TensorFile], name: str, block: tuple[int, int]) -> Tensor:
     """The scales of an FP8 weight, (ceil(M/rows), ceil(K/columns)) float32.
 
-    Raises UserError when there are none, they are of another shape or not positive and finite.
+    Raises UserError when there are none, they are of another shape, negative, NaN or too large for scales.
     """
     if name + SCALE not in files:
         raise UserError(f"{name} is FP8 and has no {name + SCALE}: a file of the checkpoint is missing")
