@@ -1,6 +1,7 @@
 """Checkpoints as others published them: they load to the bit, run, and say what is wrong with them."""
 
 import json
+import re
 
 import layouts
 import published
@@ -18,7 +19,7 @@ from data.io.tensors import FP8, expand_e4m3
 from data.text.tokenizer import load_tokenizer
 from model import Config, Transformer
 from sample import generate
-from tests.conftest import refused
+from tests.conftest import ROOT, refused
 
 LAYOUTS = [("v3", True), ("v3", False), ("v2-lite", False), ("moonlight", False), ("k2", False), ("k2", True)]
 
@@ -344,6 +345,10 @@ def test_config_json_of_released_models(name, tmp_path, capsys, exit_code, refus
     assert exit_code(ours.main, tmp_path) == 0
     shown = capsys.readouterr().out
     assert f"parameters            {model.main:,}  (main" in shown
+    run, disk = re.search(r"memory to run +(.*B) in bf16  \(with --experts disk (.*B) and", shown).groups()
+    sizes = f"| {run} | {disk} |" if "not read" not in model.words else "not read |"
+    rows = [row for row in (ROOT / "README.md").read_text("utf-8").splitlines() if f"| {model.main:,} |" in row]
+    assert any(name.removeprefix("DeepSeek-") in row and sizes in row for row in rows), (sizes, rows)
     assert f"quantisation          {model.words}\n" in shown
     config = Config(**checkpoint.config_from_hf(base | model.values))
     assert config.max_position_embeddings == min((base | model.values)["max_position_embeddings"],
