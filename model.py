@@ -705,7 +705,7 @@ def _reduce(nll: Tensor, is_real: Tensor, reduction: str) -> Tensor:
 
 
 def count_parameters(config: Config) -> dict[str, int]:
-    """Parameters `main`, `mtp`, `total`, `embedding`, `active`, as `parameter_counts` has them."""
+    """Parameters `main`, `experts`, `mtp`, `total`, `embedding`, `active`, as `parameter_counts` has them."""
     with torch.device("meta"):
         model = Transformer(config, init=False)
     return parameter_counts(model.state_dict(), asdict(config))

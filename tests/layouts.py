@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data.io import checkpoint
 from model import Config, Transformer
+from tests.published import FP8
 
 SMALL = dict(vocab_size=512, hidden_size=160, intermediate_size=288, moe_intermediate_size=144, num_hidden_layers=3,
              num_attention_heads=4, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
@@ -23,8 +24,6 @@ KINDS = {  # what is small of each published model; the rest is its own
     "moonlight": dict(preset="moonlight", vocab_size=768),
     "k2": dict(preset="kimi-k2", q_lora_rank=96, vocab_size=768),
 }
-PUBLISHED_QUANTISATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
-                          "weight_block_size": [128, 128]}
 KEPT = ("embed_tokens", "lm_head", "norm", "mlp.gate.", "eh_proj", "shared_head")  # never FP8
 
 
@@ -64,7 +63,7 @@ def dequantised(codes: Tensor, scales: Tensor, block: int = 128) -> Tensor:
 
 def published_config(model: Transformer, fp8: bool) -> dict:
     values = checkpoint.config_to_hf(asdict(model.config)) | {"torch_dtype": "bfloat16", "ep_size": 1}
-    return values | ({"quantization_config": PUBLISHED_QUANTISATION} if fp8 else {})
+    return values | (FP8 if fp8 else {})
 
 
 def write(directory: Path, kind: str, fp8: bool = False, shards: int = 3, **changes) -> Transformer:

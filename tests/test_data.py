@@ -575,9 +575,9 @@ def test_costs_by_hand():
               "model.layers.2.mlp.experts.down_proj": (4, 10, 5)}  # MTP
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     counts = parameter_counts(state, config)
-    assert counts == {"main": 2400, "mtp": 200, "total": 2600, "embedding": 1000, "active": 1000 + 200 + 50}
+    assert counts == {"main": 2400, "experts": 200, "mtp": 200, "total": 2600, "embedding": 1000, "active": 1000 + 200 + 50}
     assert cache_numbers(config) == {"MLA": 40, "GQA, 1 groups": 32, "MHA": 64}
     text = portrait("x", config, state, 2.5e11)
     for words in ("x: 2 layers, 4 experts, 1 per token", "(4, 10, 5)", "250 GFLOP", "T = 64",
-                  "80 bytes in bf16 with MLA", "41.6 KB"):
+                  "80 bytes in bf16 with MLA", "41.6 KB", "4.8 KB in bf16  (with --experts disk 4.4 KB"):
         assert words in text, words

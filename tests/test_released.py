@@ -1,6 +1,7 @@
 """Checkpoints as others published them: they load to the bit, run, and say what is wrong with them."""
 
 import json
+import re
 
 import layouts
 import published
@@ -18,7 +19,7 @@ from data.io.tensors import FP8, expand_e4m3
 from data.text.tokenizer import load_tokenizer
 from model import Config, Transformer
 from sample import generate
-from tests.conftest import refused
+from tests.conftest import ROOT, refused
 
 LAYOUTS = [("v3", True), ("v3", False), ("v2-lite", False), ("moonlight", False), ("k2", False), ("k2", True)]
 
@@ -91,18 +92,10 @@ def test_others_of_the_family_are_loaded_from_what_transformers_saves(kind, tmp_
     assert ("texts end at 32 tokens" in capsys.readouterr().err) == is_sparse
 
 
-def test_config_json_is_shown_whatever_its_quantisation(tmp_path, exit_code, capsys):
+def test_weights_in_int4_are_refused(tmp_path):
     layouts.write(tmp_path, "v3", fp8=True)
     path = tmp_path / "config.json"
-    values = json.loads(path.read_text())
-    int4 = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
-    for given, words in ((values["quantization_config"], "FP8 (E4M3), a scale for each 128 x 128\n"),
-                         (int4, "compressed-tensors, 4 bits, weight_block_size None (not read)\n"),
-                         (None, "none\n")):
-        path.write_text(json.dumps(values | {"quantization_config": given}))
-        assert exit_code(ours.main, tmp_path) == 0
-        assert f"quantisation          {words}" in capsys.readouterr().out
-    path.write_text(json.dumps(values | {"quantization_config": int4}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | published.INT4))
     with refused("its weights are quantised (compressed-tensors, 4 bits"):
         Transformer.from_pretrained(tmp_path)
 
@@ -276,6 +269,19 @@ def test_experts_that_cannot_be_read_are_one_line(tmp_path):
         Transformer.from_pretrained(tmp_path / "0", mtp=False, experts=ExpertCache(10**9))
 
 
+def test_a_damaged_expert_of_ours_is_seen_once_it_is_read(tmp_path):
+    layouts.random_model("moonlight").save_pretrained(tmp_path)
+    file = checkpoint.open_weights(tmp_path)[WEIGHT]
+    with open(file.path, "rb+") as written:
+        written.seek(file.place(WEIGHT))
+        written.write(b"\x01\x02\x03")
+    cache = ExpertCache(10**9)
+    Transformer.from_pretrained(tmp_path, mtp=False, experts=cache)
+    cache.weight("model.layers.1.mlp.experts.", 4, "down_proj")
+    with refused(f"{WEIGHT} is damaged (checksum)"):
+        cache.weight("model.layers.1.mlp.experts.", 5, "down_proj")
+
+
 @pytest.mark.parametrize("text", ["", "8 XB", "many", "-3GB", "1e9", "GB", "1.2.3GB"])
 def test_a_size_that_is_none_is_one_line(text):
     with refused("wanted a size such as 8GB"):
@@ -311,19 +317,15 @@ def test_a_published_layout_chats(kind, fp8, tmp_path, capsys, exit_code, monkey
         assert exit_code(sample.main, *flags, *more) == 0
         out, err = capsys.readouterr()
         answers.append(out)
-    assert all(answers) and "experts met" in err and "B for each of" in err
+    assert answers[0].strip() and answers[2] == answers[0]  # both in the file's bf16
+    assert "experts met" in err and "B for each of" in err
     assert (tmp_path / "experts.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_the_tokenizer_is_looked_at_before_the_weights(tmp_path, refuses):
     layouts.write(tmp_path, "v3", fp8=True)
     with_text(tmp_path, "v3")  # 706 ids, of 512
-    for path in tmp_path.glob("*.safetensors"):
-        with open(path, "rb+") as file:
-            file.truncate(5000)  # whoever read weights would say so
-    refuses(sample.main, "cannot be read", "--checkpoint", tmp_path, "x")
-    layouts.write(tmp_path, "v3", fp8=True)
-    with_text(tmp_path, "v3")
+    changed(tmp_path, nan_code)  # whoever read weights would say so
     refuses(sample.main, "it belongs to another model: got 706 ids", "--checkpoint", tmp_path, "x")
     for flags, words in ((("--thinking",), "wanted --chat"), (("--stats",), "wanted --experts disk"),
                          (("--experts", "disk", "--expert_cache", "x"), "another model"), (("--dtype", "int8"), "int8")):
@@ -343,6 +345,10 @@ def test_config_json_of_released_models(name, tmp_path, capsys, exit_code, refus
     assert exit_code(ours.main, tmp_path) == 0
     shown = capsys.readouterr().out
     assert f"parameters            {model.main:,}  (main" in shown
+    run, disk = re.search(r"memory to run +(.*B) in bf16  \(with --experts disk (.*B) and", shown).groups()
+    sizes = f"| {run} | {disk} |" if "not read" not in model.words else "not read |"
+    rows = [row for row in (ROOT / "README.md").read_text("utf-8").splitlines() if f"| {model.main:,} |" in row]
+    assert any(name.removeprefix("DeepSeek-") in row and sizes in row for row in rows), (sizes, rows)
     assert f"quantisation          {model.words}\n" in shown
     config = Config(**checkpoint.config_from_hf(base | model.values))
     assert config.max_position_embeddings == min((base | model.values)["max_position_embeddings"],

@@ -37,8 +37,9 @@ each token) and {total:,} parameters, trained with plainseek.
     from transformers import pipeline
     pipeline("text-generation", "THIS FOLDER")([{{"role": "user", "content": "4-6+3*7="}}])
 """
+VOCABULARIES = ("tokenizer.json", "tiktoken.model")  # what a tokenizer is made of: the first that is there
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
-          "chat_template.jinja")  # files that go on with the tokenizer.json that they lie beside
+          "chat_template.jinja")  # files that go on with the vocabulary that they lie beside
 PRESETS = Path(__file__).parent.parent / "presets"
 
 # ------------------------------------------------------------------------------------- whole files
@@ -378,7 +379,7 @@ def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict
     notes = {}
     if tokenizer is not None:
         texts |= tokenizer.files(config.get("max_position_embeddings"))
-        notes["tokenizer"] = fingerprint(texts["tokenizer.json" if "tokenizer.json" in texts else "tiktoken.model"])
+        notes["tokenizer"] = fingerprint(next(texts[name] for name in VOCABULARIES if name in texts))
     with ExitStack() as stack:
         for name, text in texts.items():
             stack.enter_context(written_aside(directory / name)).write_bytes(text)
@@ -388,7 +389,7 @@ def save_weights(directory: str | Path, tensors: dict[str, Tensor], config: dict
         if stale.name not in (*files, *contents) and stale.is_file():
             stale.unlink()
     if tokenizer is not None:  # and of another tokenizer
-        for name in {*BESIDE, "tokenizer.json", "tiktoken.model"} - set(texts):
+        for name in {*BESIDE, *VOCABULARIES} - set(texts):
             (directory / name).unlink(missing_ok=True)
 
 
@@ -425,8 +426,7 @@ def note_of(directory: str | Path, key: str) -> str | None:
 def identity(directory: str | Path) -> str:
     """16 hexadecimal digits that change with the weights, the config or the tokenizer of a checkpoint."""
     directory = Path(directory)
-    others = ("config.json", "tokenizer.json", "tiktoken.model")
-    files = [*directory.glob("model*.safetensors"), *(directory / name for name in others)]
+    files = [*directory.glob("model*.safetensors"), *(directory / name for name in ("config.json", *VOCABULARIES))]
     return fingerprint(*(f"{path.name} {file_digest(path)}".encode() for path in sorted(files) if path.exists()))
 
 

@@ -6,6 +6,7 @@ it lies in the file, and the expert that was not used for longest makes room.
 """
 
 from collections import Counter, OrderedDict
+from decimal import Decimal
 from typing import Iterable
 
 import torch
@@ -116,11 +117,11 @@ class ExpertCache:
         self.scales[slot] = []
         for i, matrix in enumerate(MATRICES):
             name, bits = f"{prefix}{expert}.{matrix}.weight", self.slots[slot, i * self.part : (i + 1) * self.part]
-            file = self.files[name]
-            file.read_into(name, bits)
+            file, stored = self.files[name], bits.view(self.kind).view(self.shapes[i])
+            file.fill(name, stored)
             self.bytes_read += self.part
             if self.kind == FP8:
-                check_codes(f"{file.path}: {name}", bits.view(FP8))
+                check_codes(f"{file.path}: {name}", stored)
                 self.scales[slot].append(read_scales(self.files, name, self.block))
                 self.bytes_read += self.scales[slot][-1].nbytes
 
@@ -161,7 +162,7 @@ def parse_size(text: str) -> int:
     """
     number = text.strip().upper().rstrip("KMGTB")
     unit = text.strip().upper()[len(number) :]
-    units = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
+    units = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
     if unit not in units or not number.strip().replace(".", "", 1).isdecimal():
         raise UserError(f"expert_cache: got {text!r}, wanted a size such as 8GB")
-    return int(float(number) * units[unit])
+    return int(Decimal(number.strip()) * units[unit])

@@ -27,8 +27,8 @@ def parameter_counts(state: dict[str, Tensor], config: dict) -> dict[str, int]:
     """Parameters by the hub's convention: the routing bias counts, copies inside MTP modules do not.
 
     state: of the model, on the meta device for one that fits in no memory. Keys: `main` (without
-    MTP), `mtp`, `total`, `embedding`, `active` (used per token, without the input embedding, which
-    is a lookup, but with the head; MTP not included).
+    MTP), `experts` (of these the routed ones), `mtp`, `total`, `embedding`, `active` (used per token,
+    without the input embedding, which is a lookup, but with the head; MTP not included).
     """
     size = {name: tensor.numel() for name, tensor in state.items()}
     extra = mtp_prefixes(config["num_hidden_layers"], config["num_nextn_predict_layers"])
@@ -38,7 +38,7 @@ def parameter_counts(state: dict[str, Tensor], config: dict) -> dict[str, int]:
     total, embedding = sum(size.values()), size["model.embed_tokens.weight"]
     E, K = config["n_routed_experts"], config["num_experts_per_tok"]
     active = total - mtp - embedding - experts * (E - K) // E
-    return {"main": total - mtp, "mtp": mtp, "total": total, "embedding": embedding,
+    return {"main": total - mtp, "experts": experts, "mtp": mtp, "total": total, "embedding": embedding,
             "active": active}
 
 
@@ -75,6 +75,8 @@ def portrait(name: str, config: dict, state: dict[str, Tensor], flops: float, st
     ]
     for kind, numbers in cache_numbers(config).items():
         lines.append(f"cache per token       {2 * numbers:,} bytes in bf16 with {kind}")
+    lines.append(f"memory to run         {si(2 * counts['main'])}B in bf16  (with --experts disk "
+                 f"{si(2 * (counts['main'] - counts['experts']))}B and the cache; activations come on top)")
     lines.append(f"memory to train       {si(16 * counts['total'])}B  (float32 weight, gradient, "
                  "two AdamW moments; activations come on top)")
     lines += [f"quantisation          {stored}"] * bool(stored)
@@ -109,11 +111,11 @@ def shared_out(name: str, config: dict, state: dict[str, Tensor], ranks: int, ex
 def si(value: float) -> str:
     """Three digits and the unit's prefix.
 
-    >>> si(70_272), si(2.5e11) + "FLOP"
-    ('70.3 K', '250 GFLOP')
+    >>> si(70_272), si(2.5e11) + "FLOP", si(999_700)
+    ('70.3 K', '250 GFLOP', '1 M')
     """
     for prefix in ("", "K", "M", "G", "T", "P", "E", "Z"):
-        if value < 1000:
+        if value < 999.5:  # three digits of more are 1000
             return f"{value:.3g} {prefix}"
         value /= 1000
     return f"{value:.3g} Y"

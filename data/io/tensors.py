@@ -67,9 +67,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], notes: dict, one_of: s
     own, memory = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
-        if tensor.untyped_storage().data_ptr() in memory:  # safetensors wants no two names for one memory
+        if tensor.data_ptr() in memory:  # safetensors wants no two names for one memory
             tensor = tensor.clone()
-        memory.add(tensor.untyped_storage().data_ptr())
+        memory.add(tensor.data_ptr())
         own[name] = tensor
     sums = {name: checksum(name, tensor) for name, tensor in own.items()}
     metadata = {"notes": json.dumps(notes), "set": one_of}
@@ -175,15 +175,27 @@ class TensorFile:
             if self.sums is not None:
                 hasher.update(bits.numpy())
             yield slice(begin, end), bits.view(dtype).view(end - begin, *shape[1:])
-        if self.sums is not None and self.sums.get(name) != hasher.hexdigest()[:16]:
-            raise UserError(f"{self.path}: {name} is damaged (checksum): take another copy of this file")
+        if self.sums is not None:
+            self._check(name, hasher.hexdigest()[:16])
+
+    def fill(self, name: str, out: Tensor) -> None:
+        """Read a tensor into a contiguous one of its dtype and shape, without a buffer between.
+
+        Raises UserError when the bits are not those that were written.
+        """
+        self.read_into(name, bits_of(out))
+        if self.sums is not None:
+            self._check(name, checksum(name, out))
 
     def get(self, name: str) -> Tensor:
         """A tensor. Raises UserError when its bits are not those that were written."""
         tensor = torch.empty(self.shape(name), dtype=self.dtype(name))
-        for rows, block in self.blocks(name):
-            bits_of(tensor.view(-1, *tensor.shape[1:])[rows]).copy_(bits_of(block))
+        self.fill(name, tensor)
         return tensor
+
+    def _check(self, name: str, digest: str) -> None:
+        if self.sums.get(name) != digest:
+            raise UserError(f"{self.path}: {name} is damaged (checksum): take another copy of this file")
 
 
 def _read_header(file: BinaryIO) -> tuple[int, dict[str, dict], dict[str, str]]:
@@ -247,7 +259,7 @@ def check_codes(name: str, codes: Tensor) -> None:
 def read_scales(files: dict[str, TensorFile], name: str, block: tuple[int, int]) -> Tensor:
     """The scales of an FP8 weight, (ceil(M/rows), ceil(K/columns)) float32.
 
-    Raises UserError when there are none, they are of another shape or not positive and finite.
+    Raises UserError when there are none, they are of another shape, negative, NaN or too large for scales.
     """
     if name + SCALE not in files:
         raise UserError(f"{name} is FP8 and has no {name + SCALE}: a file of the checkpoint is missing")

@@ -12,7 +12,6 @@ from typing import Callable, NamedTuple
 import regex
 
 HIGHEST_ID = (1 << 24) - 1  # a higher one is damage, and would want an embedding of its size
-VOCABULARIES = ("tokenizer.json", "tiktoken.model")  # the file that a tokenizer is made of, the first that is there
 
 # DeepSeek's three splits (digits, CJK runs, words) as one alternation: each class has to treat what
 # the earlier splits cut out as a border, or ids differ.

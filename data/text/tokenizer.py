@@ -13,12 +13,12 @@ from typing import Iterable
 import regex
 import tiktoken
 
-from data.io.checkpoint import BESIDE, fingerprint, note_of, read_json, written_aside
+from data.io.checkpoint import BESIDE, VOCABULARIES, fingerprint, note_of, read_json, written_aside
 from data.io.cli import UserError, nearest, run_main
 from data.tasks.task import ASSISTANT, BOS, EOS, TAGS, USER
 from data.text.bpe import PATTERN, teller, train_bpe
 from data.text.files import folder_documents
-from data.text.foreign import VOCABULARIES, Parts, byte_letters, read_parts, read_ranks
+from data.text.foreign import Parts, byte_letters, read_parts, read_ranks
 
 SPECIALS = (BOS, EOS, "<｜▁pad▁｜>", USER, ASSISTANT, *TAGS,
             *(f"<｜reserved▁{i}｜>" for i in range(7)))

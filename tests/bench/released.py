@@ -10,9 +10,9 @@ same greedy answer by `sample.py` with all weights in memory and with --experts 
 import json
 import os
 import resource
-import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from data.io.cli import Knobs, knob, parse_flags, run_main
 from data.io.portrait import parameters_on_paper, si
 from data.text.tokenizer import load_tokenizer
 from model import Config, Transformer
+from tests.layouts import KEPT
+from tests.published import FP8
 
 ROOT = Path(__file__).parent.parent.parent
 SHARD = 400_000_000  # bytes
@@ -38,7 +40,7 @@ class BenchConfig(Knobs):
     """What is measured."""
 
     gigabytes: float = knob(1.8, "size of the checkpoint, by the number of its layers", above=0.2)
-    folder: str = knob("/tmp/plainseek-released", "where it is written; it is removed at the end")
+    folder: str = knob(tempfile.gettempdir(), "where a folder for it is made, which is removed at the end")
     tokens: int = knob(16, "length of the answer", least=1)
 
 
@@ -55,7 +57,6 @@ def write(folder: Path, gigabytes: float) -> Config:
         shapes = Transformer(config, init=False).published()
     numbers = torch.randn(5_000_011)
     codes, bf16 = (numbers * 64).to(torch.float8_e4m3fn), (numbers * 0.02).bfloat16()
-    folder.mkdir(parents=True, exist_ok=True)
     shard, weight_map, count, size = {}, {}, 0, 0
     for name, shape in [*((name, tensor.shape) for name, tensor in shapes.items()), ("", None)]:
         if shape is None or size > SHARD:
@@ -67,15 +68,15 @@ def write(folder: Path, gigabytes: float) -> Config:
         if len(shape) == 1:
             shard[name] = torch.zeros(shape) if name.endswith("bias") else torch.ones(shape, dtype=torch.bfloat16)
         else:
-            is_fp8 = not any(word in name for word in ("embed", "lm_head", "mlp.gate."))
+            is_fp8 = not any(word in name for word in KEPT)
             source = codes if is_fp8 else bf16
             begin = len(weight_map) % 1000
-            shard[name] = source.repeat(-(-(shape.numel() + begin) // len(source)))[begin:][: shape.numel()].view(shape).clone()
+            often = source.repeat(-(-(shape.numel() + begin) // len(source)))
+            shard[name] = often[begin : begin + shape.numel()].view(shape).clone()
             if is_fp8:
                 shard[name + "_scale_inv"] = torch.full((-(-shape[0] // 128), -(-shape[1] // 128)), 0.02 / 64)
         size += shard[name].nbytes
-    values = checkpoint.config_to_hf(asdict(config)) | {"torch_dtype": "bfloat16", "quantization_config": {
-        "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}}
+    values = checkpoint.config_to_hf(asdict(config)) | {"torch_dtype": "bfloat16"} | FP8
     checkpoint.write_json(folder / "config.json", values)
     checkpoint.write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
     tokenizer.save(folder)
@@ -87,11 +88,12 @@ def limited(memory: int | None) -> Callable[[], None]:
     return lambda: memory and resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
 
-def run(words: list[str], memory: int | None = None) -> tuple[str, str, float]:
-    """stdout, stderr and seconds of CPU of a child process of one thread, which must end well."""
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # several would count the time in which one waits for another
+def run(folder: Path, words: list[str], memory: int | None = None) -> tuple[str, str, float]:
+    """stdout, stderr and seconds of CPU of a child process of one thread in a folder, which must end well."""
+    # one thread: several would count the time in which one waits for another
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=alone, capture_output=True, text=True,
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=alone, capture_output=True, text=True,
                           preexec_fn=limited(memory))
     if done.returncode:
         raise SystemExit(f"{' '.join(words)[:200]} with {si(memory or 0)}B: {done.stderr[-2000:]}")
@@ -102,39 +104,36 @@ def run(words: list[str], memory: int | None = None) -> tuple[str, str, float]:
 def main(argv: list[str]) -> None:
     """Write, load, answer twice, print."""
     config = parse_flags(BenchConfig, argv, __doc__)
-    folder = Path(config.folder)
-    try:
+    with tempfile.TemporaryDirectory(dir=config.folder) as name:
+        folder = Path(name)
         sizes = write(folder, config.gigabytes)
         bytes_on_disk = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         weights = parameters_on_paper(asdict(sizes))
         print(f"{sizes.num_hidden_layers} layers of {sizes.n_routed_experts} experts, {weights / 1e9:.2f}e9 weights, "
               f"{si(bytes_on_disk)}B on disk in FP8", flush=True)
-        bare = int(run(["-c", IMPORTS + f"print({USED})"])[0])
+        bare = int(run(folder, ["-c", IMPORTS + f"print({USED})"])[0])
         for dtype, itemsize in (("bfloat16", 2), ("float32", 4)):
             room = bare + itemsize * weights + 200_000_000
             load = (f"begun = time.process_time(); Transformer.from_pretrained({str(folder)!r}, dtype=torch.{dtype}); "
                     "print(time.process_time() - begun)")
-            cpu = float(run(["-c", IMPORTS + load], room)[0])
+            cpu = float(run(folder, ["-c", IMPORTS + load], room)[0])
             print(f"load as {dtype}: {cpu / weights * 1e9:.2f} s of CPU for 1e9 weights, in a process limited to "
                   f"{si(room)}B: model {si(itemsize * weights)}B + Python and torch {si(bare)}B + 0.2 GB", flush=True)
         third = bytes_on_disk // 3
-        sample = ["sample.py", "--checkpoint", str(folder), "--temperature", "0", "--max_new_tokens", str(config.tokens),
-                  "--dtype", "float32", "--device", "cpu"]
+        sample = [str(ROOT / "sample.py"), "--checkpoint", str(folder), "--temperature", "0", "--max_new_tokens",
+                  str(config.tokens), "--dtype", "float32", "--device", "cpu"]
         experts = 3 * sizes.hidden_size * sizes.moe_intermediate_size * sizes.n_routed_experts
         dense = 4 * (weights - experts * (sizes.num_hidden_layers - 1))  # bytes
         room = third - bare - dense - 130_000_000  # for activations and the picture
         disk = ["--experts", "disk", "--expert_cache", str(max(2_000_000, room)), "--stats"]
-        loaded, _, seconds = run([*sample, "1+2+3="])
+        loaded, _, seconds = run(folder, [*sample, "1+2+3="])
         begun = time.perf_counter()
-        told, stats, disk_seconds = run([*sample, *disk, "1+2+3="], third)
+        told, stats, disk_seconds = run(folder, [*sample, *disk, "1+2+3="], third)
         wall = time.perf_counter() - begun
         print(f"sample.py, all in memory: {seconds:.1f} s of CPU; --experts disk limited to {si(third)}B: "
               f"{disk_seconds:.1f} s of CPU ({wall:.1f} s), the {'same' if told == loaded else 'ANOTHER'} answer")
         print("\n".join(stats.strip().splitlines()[-3:]))
         print(json.dumps(told[:200]))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        (ROOT / "experts.png").unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
