@@ -301,11 +301,12 @@ def grade(folder: Path, task: str, names: list[str], bound: float | None = None,
             else:
                 print(line, end="")  # the learner's own
     finally:
+        is_over = bool(clock) and clock.finished.is_set()  # it has rung
         if clock:
             clock.cancel()
         process.kill() if process.poll() is None and sys.exc_info()[0] else process.wait()
     if process.returncode:
-        why = f"did not end within {bound:g} seconds" if process.returncode < 0 and bound else "broke off"
+        why = f"did not end within {bound:g} seconds" if is_over else "broke off"
         raise UserError(f"{', '.join(names)}: the checks {why}")
 
 

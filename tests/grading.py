@@ -371,6 +371,8 @@ GRADINGS = {
 
 # ------------------------------------------------------------------------- the learner's function in place of ours
 
+FAULTS = (Exception, SystemExit)  # of what a learner wrote: exit() in it is no end of the checks
+
 
 def load(path: Path, owner: str, names: list[str]) -> dict:
     """The functions `names` of the learner's file, which holds the class of the owner or the functions themselves.
@@ -384,7 +386,7 @@ def load(path: Path, owner: str, names: list[str]) -> dict:
         raise UserError(f"{path}, line {error.lineno}: {error.msg}") from None
     except FileNotFoundError:
         raise UserError(f"{path} is not there: python -m tests.exercise {path.stem} writes it") from None
-    except Exception as error:
+    except FAULTS as error:
         raise UserError(f"{path} cannot be imported: {what_went_wrong(error, path)}") from None
     if isinstance(resolve_name(owner), type):
         kind = owner.rpartition(".")[2]
@@ -421,7 +423,7 @@ def is_of_project(file: str) -> bool:
     return Path(file).is_relative_to(ROOT) and "site-packages" not in file
 
 
-def what_went_wrong(error: Exception, path: Path) -> str:
+def what_went_wrong(error: BaseException, path: Path) -> str:
     """In a line: what a check says, or an exception with its line in the learner's file."""
     frames = traceback.extract_tb(error.__traceback__)
     mine = [frame for frame in frames if frame.filename == str(path)]
@@ -480,7 +482,7 @@ def run_checks(checks: Iterable[Callable], path: Path) -> Iterator[dict]:
             torch.manual_seed(0)
             with bounded(SECONDS):
                 each(None)
-        except Exception as error:
+        except FAULTS as error:
             is_stub = isinstance(error, NotImplementedError) and is_raised_in(path, error)
             verdict, what = ("to do", "") if is_stub else ("red", what_went_wrong(error, path))
             is_last = is_stub or isinstance(error, TimeoutError)
@@ -489,7 +491,7 @@ def run_checks(checks: Iterable[Callable], path: Path) -> Iterator[dict]:
             return
 
 
-def is_raised_in(path: Path, error: Exception) -> bool:
+def is_raised_in(path: Path, error: BaseException) -> bool:
     return traceback.extract_tb(error.__traceback__)[-1].filename.startswith(str(path))
 
 
@@ -527,7 +529,7 @@ def pattern(exercise: Exercise, put: Callable) -> dict | str:
             put(patches)
             with bounded(max(1, SECONDS // 4)):
                 return outcome(GRADINGS[exercise.name])
-        except Exception as error:
+        except FAULTS as error:
             return type(error).__name__
 
 

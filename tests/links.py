@@ -3,7 +3,7 @@
     python -m tests.links       writes the line of every function into its link
 
 A link is written [`model.Router.choose`](model.py#L1): the name says where it has to lead. In a table the cell
-behind the description of a file gets its length in the same way.
+behind the description of a file gets its length in the same way, and "N, five files" the sum.
 """
 
 import ast
@@ -12,7 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[`([\w.]+)`\]\(([\w/.]+\.py)#L\d+\)")
-LENGTH = re.compile(r"(\[[^\]]+\]\(([\w/.]+\.py)\)[^|\n]*\|[^|\n]*\|\s*)\d+(?=\s*\|)")
+SUM = re.compile(r"[\d,]+(?=, five files)")
+LENGTH = re.compile(r"(\[[^\]]+\]\(([\w/.]+\.py)\)[^|\n]*\|[^|\n]*\|\s*)(\d+)(?=\s*\|)")
 
 
 def line_of(path: Path, names: list[str]) -> int:
@@ -44,7 +45,8 @@ def with_lines(text: str) -> str:
         lines = (ROOT / match.group(2)).read_text(encoding="utf-8").count("\n")
         return f"{match.group(1)}{lines}"
 
-    return LENGTH.sub(length, LINK.sub(link, text))
+    text = LENGTH.sub(length, LINK.sub(link, text))
+    return SUM.sub(f"{sum(int(found[3]) for found in LENGTH.finditer(text)):,}", text)
 
 
 if __name__ == "__main__":

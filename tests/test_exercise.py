@@ -96,6 +96,7 @@ def found_in(folder, name, body: str) -> list[dict]:
     ("rms_norm", "return x * weight", "result: 98% of it differs, first at [0, 0, 0]: 1.664, wanted 1.547; off by up to 1.1"),
     ("expert_ffn", "return u * 1.0", "gradient of input 2: there is none, wanted"),
     ("policy_loss", "return {'pg': 1.0}", "AttributeError: 'float'"),
+    ("rms_norm", "raise SystemExit(0)", "SystemExit: 0 (rms_norm.py, line "),
     ("rms_norm", "while True: pass", "TimeoutError: still running after 1 seconds (rms_norm.py, line "),
 ])
 def test_red_says_what_differs_and_where(name, body, words, tmp_path, monkeypatch):
@@ -109,7 +110,8 @@ def test_red_says_what_differs_and_where(name, body, words, tmp_path, monkeypatc
     ("def latents(:", "latents.py, line 1: "), ("1 / 0", "cannot be imported: ZeroDivisionError: division by zero (latents.py, line 1"),
     ("class Attention:\n    def latent(self): pass", "has no function latents (did you mean 'latent'?)"),
     ("class Atention:\n    pass", "has no class Attention (did you mean 'Atention'?)"),
-    ("class Attention:\n    latents = 3", "has no function latents"), ("\0", "latents.py"),
+    ("class Attention:\n    latents = 3", "has no function latents"), ("raise SystemExit(0)", "SystemExit: 0 (latents.py, line 1"),
+    ("\0", "latents.py"),
     ("while True: pass", "still running after 1 seconds")])
 def test_a_file_that_cannot_be_used_says_why(text, words, tmp_path, monkeypatch):
     monkeypatch.setattr(grading, "SECONDS", 1)
