@@ -9,11 +9,8 @@ read the prompts, draw, write down, step. It is also the rollout engine of rl.py
     python sample.py --serve                DeepSeek's API and a page at http://127.0.0.1:8000
 """
 
-import codecs
 import math
-import os
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -27,13 +24,12 @@ from torch import Tensor
 from data.io.checkpoint import load_config
 from data.io.cli import Knobs, UserError, knob, parse_flags, pick_device, run_main, widest_float
 from data.io.experts import ExpertCache, parse_size
-from data.io.plot import expert_touch_figure
 from data.io.run import newest_run
 from data.talk.console import Console
+from data.talk.continuation import continue_text
 from data.talk.engine import Engine
-from data.talk.knobs import TalkKnobs
+from data.talk.knobs import TalkKnobs, check_server
 from data.talk.reply import budget_of, think_within
-from data.text.chat import chat_ids
 from data.text.tokenizer import Tokenizer, check_belongs, load_tokenizer
 from kernels import at_least_float32
 from model import Cache, Config, Transformer
@@ -217,6 +213,9 @@ class Decoder:
 
     def __init__(self, model: Transformer, rows: int, width: int, stop_ids: Sequence[int] = (),
                  keep_routing: bool = False, keep_support: bool = False, draft: int = 0):
+        if draft and not model.config.num_nextn_predict_layers:
+            draft = 0
+            print("draft: the model has no MTP module, it decodes without", file=sys.stderr)
         self.model, self.width, self.draft = model, width, draft
         self.batch: Batch | None = None
         self.blank = _blank(model, width + 1, stop_ids, keep_routing, keep_support, draft > 0)
@@ -407,9 +406,6 @@ def generate(model: Transformer, prompts: Sequence[Sequence[int]], *, num_sample
     limits = [min(len(prompt) + max_new_tokens, context)
               for prompt in prompts for _ in range(num_samples)]
     noise = draw_noise(seed, len(prompts), num_samples, max_new_tokens)  # (N, steps)
-    if draft and not model.config.num_nextn_predict_layers:
-        draft = 0
-        print("draft: the model has no MTP module, it decodes without", file=sys.stderr)
     decoder = Decoder(model, len(limits), max(limits), stop_ids, keep_routing, keep_sampling_mask, draft)
     look_every = 1 if on_token else LOOK_EVERY[decoder.stops.device.type]
     with evaluating(model):
@@ -505,14 +501,11 @@ def check_prompts(config, prompts: Sequence[Sequence[int]], stop_ids: Sequence[i
 class SampleConfig(SamplingKnobs, TalkKnobs):
     """The knobs of `python sample.py`."""
 
-    prompt: str = knob("", "the text to continue", positional=True)
     checkpoint: str | None = knob(None, "directory with config.json and weights [the newest below out/]")
-    chat: bool = knob(False, "put the prompt as a question into the chat template; without one, talk")
     seed: int = knob(0, "the same seed gives the same text")
     device: str = knob("auto", "where to run", choices=("auto", "cpu", "cuda", "mps"))
     dtype: str | None = knob(None, "of weights and activations [the file's]",
                              choices=("float32", "bfloat16", "float16"))
-    thinking: bool | None = knob(None, "with --chat: think aloud, or not [as the model's template has it]")
     experts: str = knob("memory", "where routed experts are: of a disk, only those chosen are read",
                         choices=("memory", "disk"))
     expert_cache: str = knob("8GB", "with --experts disk: how much of them memory holds")
@@ -520,17 +513,13 @@ class SampleConfig(SamplingKnobs, TalkKnobs):
 
     def rules(self):
         yield from TalkKnobs.rules(self)
-        is_talk = self.chat or self.serve
-        yield "thinking", "--chat, whose template it is for", is_talk or self.thinking is None
+        is_one_text = bool(self.prompt) and self.votes == 1 and self.budget is None
+        yield from self.only("--experts disk", self.experts == "disk", "expert_cache", "stats")
+        yield from self.only("no --serve: each request has its own", not self.serve,
+                             "max_new_tokens", "seed")
+        yield from self.only("a prompt, without --votes and --budget", is_one_text,
+                             "num_samples", "stats")
         yield "budget", "less than max_new_tokens", (self.budget or 0) < self.max_new_tokens
-        yield "stats", "--experts disk", self.experts == "disk" or not self.stats
-
-
-def encode_prompt(tokenizer, text: str, chat: bool, thinking: bool | None = None) -> list[int]:
-    """Ids of a user's text, which holds no specials, behind the begin token or in the template."""
-    if chat:
-        return chat_ids(tokenizer, [{"role": "user", "content": text}], thinking)
-    return tokenizer.opening + tokenizer.encode(text)
 
 
 def load(knobs: SampleConfig) -> tuple[Path, Transformer, Tokenizer, ExpertCache | None]:
@@ -546,81 +535,45 @@ def load(knobs: SampleConfig) -> tuple[Path, Transformer, Tokenizer, ExpertCache
     return directory, model, tokenizer, cache
 
 
-def printer(tokenizer) -> Callable[[int, int], None]:
-    """An `on_token` that prints row 0 as it is made, whole characters only."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # holds back half a character
-
-    def show(row: int, token: int) -> None:
-        if row == 0 and token not in tokenizer.stop_ids:
-            print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
-
-    return show
-
-
 def main(argv: list[str]) -> None:
     """Continue a prompt, talk, or serve."""
     knobs = parse_flags(SampleConfig, argv, "Continue a text with a checkpoint.", moved=MOVED)
     if not (knobs.prompt or knobs.chat or knobs.serve):
         raise UserError('the prompt is empty: python sample.py "Once upon a time"; --chat without one talks')
+    if knobs.serve:
+        check_server(knobs)
     directory, model, tokenizer, cache = load(knobs)
+    talker = partial(answer, model, tokenizer)
+    where = f"{directory} on {model.lm_head.weight.device}"
     if knobs.serve:
         service_of(knobs, directory, model, tokenizer).run()
-    elif knobs.prompt and knobs.votes > 1 or knobs.prompt and knobs.budget is not None:
-        Console(knobs, tokenizer, partial(answer, model, tokenizer)).turn(knobs.prompt)
-    elif knobs.prompt:
-        continue_text(knobs, directory, model, tokenizer, cache)
+    elif not knobs.prompt:
+        Console(knobs, tokenizer, talker).run(f"{where}; /help lists what there is")
+    elif knobs.votes > 1 or knobs.budget is not None:
+        Console(replace(knobs, prompt=""), tokenizer, talker).turn(knobs.prompt)
     else:
-        where = f"{directory} on {model.lm_head.weight.device}; /help lists what there is"
-        Console(knobs, tokenizer, partial(answer, model, tokenizer)).run(where)
+        continue_text(knobs, tokenizer, talker, where, cache)
 
 
 def answer(model: Transformer, tokenizer: Tokenizer, prompt: list[int], on_token,
-           knobs: SampleConfig) -> None:
-    """`votes` answers to a conversation, token by token, with thoughts within the budget."""
+           knobs: SampleConfig) -> Generation | list[list[int]]:
+    """`votes` answers or `num_samples` continuations, with thoughts within the budget."""
     budget = budget_of(tokenizer, knobs.budget)
     complete = generate if budget is None else partial(think_within, generate, budget=budget)
-    complete(model, [prompt], num_samples=knobs.votes, max_new_tokens=knobs.max_new_tokens,
-             temperature=knobs.temperature, top_k=knobs.top_k, top_p=knobs.top_p,
-             stop_ids=tokenizer.stop_ids, seed=knobs.seed, draft=knobs.draft, on_token=on_token)
+    rows = max(knobs.votes, knobs.num_samples)  # one of them is 1
+    return complete(model, [prompt], num_samples=rows, max_new_tokens=knobs.max_new_tokens,
+                    temperature=knobs.temperature, top_k=knobs.top_k, top_p=knobs.top_p,
+                    stop_ids=tokenizer.stop_ids, seed=knobs.seed, draft=knobs.draft, on_token=on_token)
 
 
 def service_of(knobs: SampleConfig, directory: Path, model: Transformer, tokenizer: Tokenizer):
-    """The engine as data/talk/serve.py offers it. Raises UserError where its libraries are missing."""
-    try:
-        from data.talk.serve import Service
-    except ImportError as error:
-        raise UserError(f"--serve wants {error.name}: pip install -r requirements-serve.txt") from None
+    """The engine as data/talk/serve.py offers it, for which `check_server` has looked."""
+    from data.talk.serve import Service
     width = min(knobs.longest, model.config.max_position_embeddings)
-    model.eval()
-    engine = Engine(Decoder(model, knobs.rows, width, tokenizer.stop_ids), knobs.rows, knobs.queue)
-    return Service(directory.resolve().name, tokenizer, engine, partial(draw_noise, prompts=1), width, knobs)
-
-
-def continue_text(knobs: SampleConfig, directory: Path, model: Transformer, tokenizer: Tokenizer,
-                  cache: ExpertCache | None) -> None:
-    """The first sample streams, the others follow."""
-    prompt = os.fsencode(knobs.prompt).decode(errors="replace")  # bytes that are no UTF-8
-    ids = encode_prompt(tokenizer, prompt, knobs.chat, knobs.thinking)
-    lead = "" if knobs.chat else prompt
-    started = time.perf_counter()
-    print(lead, end="", flush=True)
-    out = generate(model, [ids], num_samples=knobs.num_samples, max_new_tokens=knobs.max_new_tokens,
-                   temperature=knobs.temperature, top_k=knobs.top_k, top_p=knobs.top_p,
-                   stop_ids=tokenizer.stop_ids, seed=knobs.seed, draft=knobs.draft,
-                   on_token=printer(tokenizer))
-    print()
-    seconds = time.perf_counter() - started
-    for row in range(1, knobs.num_samples):
-        print(f"--- {row + 1}\n{lead}{tokenizer.decode(out.completion(row))}")
-    made = int(out.mask.sum())
-    if knobs.stats:
-        print(cache.report(len(ids) + made), file=sys.stderr)
-        expert_touch_figure("experts.png", cache.counts())
-    device = model.lm_head.weight.device
-    shares = [] if out.depth is None else [f"{share:.0%}" for share in out.acceptance()]
-    hits = f", drafts right {' '.join(shares)}" if shares else ""
-    print(f"[{directory} on {device}: {made} tokens, {made / seconds:.3g} tokens/s{hits}]",
-          file=sys.stderr)
+    decoder = Decoder(model.eval(), knobs.rows, width, tokenizer.stop_ids, draft=knobs.draft)
+    engine = Engine(decoder, knobs.rows, knobs.queue)
+    noise_of = partial(draw_noise, prompts=1)
+    return Service(directory.resolve().name, tokenizer, engine, noise_of, width, knobs)
 
 
 if __name__ == "__main__":

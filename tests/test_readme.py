@@ -120,7 +120,7 @@ def test_a_file_imports_only_from_its_left(path):
 SIZES = {  # most lines, most top-level definitions
     "kernels.py": (560, 32),
     "model.py": (740, 22),
-    "sample.py": (630, 27),
+    "sample.py": (580, 24),
     "train.py": (560, 22),
     "rl.py": (645, 22),
 }

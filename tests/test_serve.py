@@ -19,7 +19,7 @@ from data.talk.api import Choice, read_request
 from data.talk.engine import Engine
 from data.text.chat import chat_ids
 from model import Config, Transformer
-from sample import Decoder, SampleConfig, draw_noise, generate
+from sample import Decoder, SampleConfig, draw_noise, generate, main
 from tests.test_chat import SIZES, TOKENIZER
 
 uvicorn, openai = pytest.importorskip("uvicorn"), pytest.importorskip("openai")
@@ -252,14 +252,15 @@ def test_a_choice_holds_back_what_may_become_a_stop_string():
     assert parts == ["x", "", "ab", "", "abd"]
 
 
-def test_the_engine_says_what_generate_says():
+@pytest.mark.parametrize("draft", [0, 2])
+def test_the_engine_says_what_generate_says(draft):
     """Real rows of a real model, that join and leave at any time: the same tokens as each request alone."""
     torch.manual_seed(3)
-    model = Transformer(Config.preset("tiny", **SIZES)).eval()
+    model = Transformer(Config.preset("tiny", **SIZES, num_nextn_predict_layers=min(draft, 1))).eval()
     questions = [f"{i}+{i * i}=" for i in range(8)]
     options = [dict(seed=i, n=1 + i % 3, temperature=(0, 1, 1.5)[i % 3], top_p=(1, 0.9)[i % 2], max_tokens=3 + 2 * i)
                for i in range(8)]
-    decoder = Decoder(model, ROWS, WIDTH, TOKENIZER.stop_ids)
+    decoder = Decoder(model, ROWS, WIDTH, TOKENIZER.stop_ids, draft=draft)
     with serving(decoder, queue=20) as (service, port), ThreadPoolExecutor(12) as pool:
         client = client_of(port)
         made = list(pool.map(lambda text, how: ask(client, text, **how), questions, options))
@@ -310,16 +311,24 @@ def test_clients_that_hang_up_free_their_rows(stream):
         assert time.monotonic() - started < 2  # the whole text would take 3
 
 
-def test_a_failing_engine_tells_those_who_wait_and_goes_on():
+@pytest.mark.parametrize("error", [ZeroDivisionError("by zero"), UserError("logits: not finite")], ids=repr)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failing_engine_tells_those_who_wait_and_goes_on(error, stream, capfd):
+    """The fault is the server's, whatever it is: 500, or an event; who serves sees a traceback."""
+    def fail():
+        raise error
+
     decoder = Scripted("xy" * 20, pause=0.01)
     with serving(decoder) as (service, port):
-        real, decoder.step = decoder.step, lambda: 1 / 0
-        decoder_batch = decoder.batch
-        status, _, answer = post(port, {"messages": [{"role": "user", "content": "x"}]})
-        assert status == 500 and answer["error"]["type"] == "server_error" and decoder_batch is not None
+        real, decoder.step = decoder.step, fail
+        with pytest.raises(openai.APIError) as found:
+            list(ask(client_of(port), stream=stream))
+        assert found.value.body["type"] == "server_error" and str(error) in found.value.body["message"]
+        assert stream or found.value.status_code == 500
         decoder.step, decoder.batch, decoder.news = real, {}, []
-        assert post(port, {"messages": [{"role": "user", "content": "x"}]})[0] == 200
+        assert ask(client_of(port)).choices[0].message.content == "xy" * 20
         settle(service, decoder)
+    assert capfd.readouterr().err.count(f"{type(error).__name__}: {error}") == 1
 
 
 def test_a_slow_body(monkeypatch):
@@ -331,9 +340,9 @@ def test_a_slow_body(monkeypatch):
         settle(service, service.engine.decoder)
 
 
-def test_a_port_in_use_is_one_line():
+def test_a_port_in_use_is_one_line_before_weights_are_read():
     with serve.listen("127.0.0.1", 0) as taken, pytest.raises(UserError, match="cannot listen"):
-        serve.listen("127.0.0.1", taken.getsockname()[1])
+        main(["--serve", "--port", str(taken.getsockname()[1]), "--checkpoint", "nowhere"])
     with pytest.raises(UserError, match="cannot listen"):
         serve.listen("203.0.113.1", 0)
 

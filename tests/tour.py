@@ -11,9 +11,9 @@ import torch
 from data.io.cli import Knobs, UserError, knob, parse_flags, run_main
 from data.io.portrait import cache_numbers
 from data.io.run import newest_run
+from data.text.chat import encode_prompt
 from data.text.tokenizer import check_belongs, load_tokenizer
 from model import MTP, Attention, Cache, Config, MoE, Router, Transformer
-from sample import encode_prompt
 
 
 @dataclass

@@ -76,6 +76,12 @@ class Knobs:
         """What one field asks of another: (field name, what is wanted, is it met)."""
         yield from ()
 
+    def only(self, where: str, is_there: bool, *names: str) -> Iterator[tuple[str, str, bool]]:
+        """The rules of fields that have an effect `where` alone: elsewhere they keep their defaults."""
+        defaults = {each.name: _default(each) for each in fields(self)}
+        for name in names:
+            yield name, where, is_there or getattr(self, name) == defaults[name]
+
     def _rules_of_fields(self) -> Iterator[tuple[str, str, bool]]:
         hints = get_type_hints(type(self))
         for each in fields(self):

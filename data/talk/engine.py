@@ -5,6 +5,7 @@ whoever asked hears of each token through a function of its own. The decoder is 
 """
 
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -80,8 +81,8 @@ class Engine:
                     return
                 gone, self.gone = self.gone, set()
                 self.waiting = deque(request for request in self.waiting if request not in gone)
-            self._free({row for row, (request, _) in self.owners.items() if request in gone})
             try:
+                self._free({row for row, (request, _) in self.owners.items() if request in gone})
                 if self.owners:
                     self.decoder.step()
                 self._admit()
@@ -134,6 +135,7 @@ class Engine:
         self._forget(ended)
 
     def _fail(self, error: Exception) -> None:
+        traceback.print_exception(error)  # who asked hears one line; who serves sees where
         requests = {request for request, _ in self.owners.values()}
         self._forget(set(self.owners))
         self.decoder.batch = None

@@ -2,13 +2,16 @@
 
 from dataclasses import dataclass
 
-from data.io.cli import Knobs, knob
+from data.io.cli import Knobs, UserError, knob
 
 
 @dataclass
 class TalkKnobs(Knobs):
-    """The knobs of `python sample.py --chat` without a question, and of --serve."""
+    """The knobs of `python sample.py` that say how it talks; each is refused where it has no effect."""
 
+    prompt: str = knob("", "the text to continue", positional=True)
+    chat: bool = knob(False, "put the prompt as a question into the chat template; without one, talk")
+    thinking: bool | None = knob(None, "with --chat or --serve: think aloud, or not [as the model's template has it]")
     votes: int = knob(1, "with --chat: answers to each question at once, of which the most frequent counts", least=1)
     budget: int | None = knob(None, "with --chat: close a thought after so many tokens [as long as it likes]", least=0)
     history: bool | None = knob(None, "with --chat: a question sees those before it [where the model learned to]")
@@ -21,5 +24,17 @@ class TalkKnobs(Knobs):
 
     def rules(self):
         yield from super().rules()
-        yield "budget", "--chat", self.budget is None or getattr(self, "chat", False)
-        yield "votes", "--chat", self.votes == 1 or getattr(self, "chat", False)
+        yield from self.only("no --serve", not self.serve, "prompt", "chat")
+        yield from self.only("--serve", self.serve, "host", "port", "rows", "queue", "longest")
+        yield from self.only("--chat", self.chat, "votes", "budget")
+        yield from self.only("--chat or --serve", self.chat or self.serve, "thinking")
+        yield from self.only("--chat without a question", self.chat and not self.prompt, "history")
+
+
+def check_server(knobs: TalkKnobs) -> None:
+    """Raises UserError where data/talk/serve.py misses a library, or cannot listen: before weights are read."""
+    try:
+        from data.talk.serve import listen
+    except ImportError as error:
+        raise UserError(f"--serve wants {error.name}: pip install -r requirements-serve.txt") from None
+    listen(knobs.host, knobs.port).close()

@@ -4,6 +4,7 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from data.io.cli import UserError
 from data.tasks.task import TAGS
 from data.text.chat import END_THINK, THINK
 from data.text.tokenizer import Tokenizer
@@ -18,9 +19,11 @@ class Budget(NamedTuple):
 
 
 def budget_of(tokenizer: Tokenizer, tokens: int | None) -> Budget | None:
-    """The budget of so many tokens in a model's own tags; None: as long as it likes, or it has no tags."""
-    if tokens is None or not {THINK, END_THINK} <= tokenizer.specials.keys():
+    """The budget of so many tokens in a model's own tags; None is none. Raises UserError where it has no tags."""
+    if tokens is None:
         return None
+    if not {THINK, END_THINK} <= tokenizer.specials.keys():
+        raise UserError(f"budget: got {tokens}, but tokenizer {tokenizer.name} has no {THINK}: no thought to close")
     before = TAGS[2] if TAGS[2] in tokenizer.specials else "\n\n"  # <answer>, or R1's empty line
     return Budget(tokens, tokenizer.specials[THINK], tokenizer.encode_trusted(END_THINK + before))
 
@@ -58,6 +61,12 @@ def think_within(generate: Callable, model, prompts: Sequence[Sequence[int]], *,
     return [ids[len(prompt) :] for prompt, ids in zip(asked, texts)]
 
 
+def whole_characters(tokenizer: Tokenizer) -> Callable[[int], str]:
+    """A function of each id in turn: what it adds to the text. Half a character waits for its other half."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return lambda token: decoder.decode(tokenizer.decode_bytes([token]))
+
+
 class Reply:
     """What one row has said so far: `thought` and `said`, texts of whole characters.
 
@@ -79,7 +88,7 @@ class Reply:
         self.tags = {tokenizer.specials[tag]: tag for tag in TAGS if tag in tokenizer.specials}
         last = next((self.tags[i] for i in reversed(prompt) if self.tags.get(i) in (THINK, END_THINK)), None)
         self.is_thinking, self.has_ended = last == THINK, False
-        self.decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(2)]
+        self.decoders = [whole_characters(tokenizer) for _ in range(2)]
 
     def add(self, token: int) -> tuple[str, str]:
         """What a token adds to the thought and to what is said; the one or the other is empty."""
@@ -91,7 +100,7 @@ class Reply:
             self.is_thinking = tag == THINK
         if tag is not None or self.has_ended:
             return "", ""
-        text = self.decoders[self.is_thinking].decode(self.tokenizer.decode_bytes([token]))
+        text = self.decoders[self.is_thinking](token)
         if self.is_thinking:
             self.thought_tokens += 1
             text = text if self.thought else text.lstrip()  # R1 begins with an empty line

@@ -27,11 +27,10 @@ class Screen:
 
     def write(self, text: str, style: str = "") -> None:
         """Print at once, in a style."""
-        text = printable(text)
+        text, width = printable(text), shutil.get_terminal_size().columns
         for char in text:
             wide = 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
             wide = 8 - self.column % 8 if char == "\t" else wide
-            width = shutil.get_terminal_size().columns
             if char == "\n" or self.column + wide > width:
                 self.rows, self.column = self.rows + 1, 0
             self.column += 0 if char == "\n" else wide

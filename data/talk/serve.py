@@ -153,14 +153,11 @@ class Job:
         while any(choice.finish_reason is None for choice in self.choices):
             try:
                 news = await asyncio.wait_for(self.made.get(), KEEP_ALIVE)
-            except TimeoutError:
+            except (TimeoutError, asyncio.TimeoutError):  # one class since Python 3.11
                 yield None
                 continue
-            except asyncio.TimeoutError:  # before Python 3.11 another class
-                yield None
-                continue
-            if isinstance(news, Exception):
-                raise news
+            if isinstance(news, Exception):  # whatever its class, the request is not to blame
+                raise HTTPException(500, f"the engine failed: {news}") from news
             index, tokens, has_ended = news
             if self.choices[index].finish_reason is None:
                 yield index, self.choices[index].add(tokens, has_ended)
@@ -201,8 +198,8 @@ class Job:
                     yield event(self.answer.chunk(index, delta, reason))
             if self.asked.include_usage:
                 yield event(self.answer.last_chunk(self.prompt, self.choices))
-        except Exception as error:  # the head is sent: an event has to say it
-            yield event(error_body(500, f"the engine failed: {error}"))
+        except HTTPException as error:  # the head is sent: an event has to say it
+            yield event(error_body(error.status_code, error.detail))
         yield "data: [DONE]\n\n"
 
 

@@ -57,10 +57,9 @@ def chat_ids(tokenizer: Tokenizer, messages: list[dict], thinking: bool | None =
                         "tokenizer_config.json): this is a base model, go without --chat")
     if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
         raise UserError('messages: wanted a list, each {"role": "user", "content": "..."}')
-    mark = _free_letter(json.dumps([messages, tools], ensure_ascii=False, default=str))
+    mark = _free_letter(template + json.dumps([messages, tools], ensure_ascii=False, default=str))
     forged: list[str] = []
-    marked = [{"role": m["role"]} | {key: _hide(value, tokenizer, mark, forged, m["role"] == "assistant")
-                                     for key, value in m.items() if key != "role"} for m in messages]
+    marked = [_hide(m, tokenizer, mark, forged, m["role"] == "assistant") for m in messages]
     variables = {"bos_token": tokenizer.begin or "", "eos_token": tokenizer.end, "add_generation_prompt": True}
     if tools:
         variables["tools"] = _hide(tools, tokenizer, mark, forged)
@@ -78,6 +77,13 @@ def chat_ids(tokenizer: Tokenizer, messages: list[dict], thinking: bool | None =
     return ids
 
 
+def encode_prompt(tokenizer: Tokenizer, text: str, chat: bool, thinking: bool | None = None) -> list[int]:
+    """Ids of a user's text, which holds no specials, behind the begin token or in the template."""
+    if chat:
+        return chat_ids(tokenizer, [{"role": "user", "content": text}], thinking)
+    return tokenizer.opening + tokenizer.encode(text)
+
+
 def _free_letter(text: str) -> str:
     """A letter of the private use area that a text does not have."""
     return next(chr(i) for i in range(0xE000, 0xF900) if chr(i) not in text)
@@ -88,7 +94,8 @@ def _hide(value, tokenizer: Tokenizer, mark: str, forged: list[str], may_think: 
     if isinstance(value, list):
         return [_hide(each, tokenizer, mark, forged, may_think) for each in value]
     if isinstance(value, dict):
-        return {key: _hide(each, tokenizer, mark, forged, may_think) for key, each in value.items()}
+        pairs = [[_hide(each, tokenizer, mark, forged, may_think) for each in pair] for pair in value.items()]
+        return dict(pairs)
     if not isinstance(value, str):
         return value
     out = []

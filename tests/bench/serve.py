@@ -25,6 +25,7 @@ from sample import SampleConfig, load, service_of
 class BenchConfig(SampleConfig):
     """The knobs of sample.py, and how it is asked."""
 
+    serve: bool = knob(True, "what is measured")
     question: str = knob("4-6+3*7=", "what each client asks")
     clients: int = knob(16, "at once", least=2)
     requests: int = knob(8, "of each client, one behind the other", least=1)
