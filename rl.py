@@ -36,6 +36,7 @@ import train
 from data.io import plot
 from data.io.checkpoint import identity
 from data.io.cli import UserError, knob, parse_flags, run_main, to_flags, widest_float
+from data.io.cores import fitting, together
 from data.io.ranks import is_restarted
 from data.io.run import Commands, Loop, RunConfig, RunFolder, SavedRun, to_go_on
 from data.tasks import exam, load_task
@@ -205,6 +206,10 @@ class RLConfig(RunConfig):
     eval_questions: int = knob(64, "held-out questions of an evaluation", least=1)
     eval_samples: int = knob(64, "answers to each, before and after (8 in between)", least=1)
 
+    def usual_processes(self) -> int:
+        """Of one CPU: each has questions of its own."""
+        return fitting(self.questions)
+
     def rules(self):
         yield "group_size", "at least 2: an advantage compares answers", self.group_size >= 2
         longest, names = self.max_new_tokens, ("", *RECIPES)
@@ -256,7 +261,7 @@ class Policy:
     """
 
     def __init__(self, config: RLConfig, world: train.Dist, folder: Path | None = None):
-        self.config, self.folder = config, folder or Path(config.base)
+        self.config, self.world, self.folder = config, world, folder or Path(config.base)
         if not Path(config.base, "config.json").exists():
             raise UserError(f"base: no checkpoint in {config.base}; python train.py makes out/base, --base names one")
         self.tokenizer = load_tokenizer(config.base)
@@ -283,15 +288,19 @@ class Policy:
         return Rollout(questions, made, texts, rewards)
 
     def evaluate(self, samples: int) -> dict:
-        """What data/tasks/exam.py finds in answers to the held-out questions of every run."""
+        """What data/tasks/exam.py finds in answers to the held-out questions of every run, shared by the ranks."""
         questions = self.questions("test", "held out", range(self.config.eval_questions))
-        rollouts = [self.ask(questions[start : start + 16], samples) for start in range(0, len(questions), 16)]
-        tasks = [question.task for each in rollouts for question in each.asked]
-        texts = [text for each in rollouts for text in each.texts]
-        lengths = torch.cat([each.made.mask.sum(1) for each in rollouts])  # (Q * n,)
-        right = torch.cat([each.right for each in rollouts])  # (Q, n)
-        form = torch.cat([each.rewards["format"] for each in rollouts])  # (Q, n)
-        return exam.examine(tasks, texts, lengths, right, form)
+        mine = range(self.world.rank, len(questions), self.world.world_size)
+        found = []  # of each question its number, and of n answers texts, lengths, whether right, form
+        for slots in (mine[start : start + 16] for start in range(0, len(mine), 16)):
+            rollout = self.ask([questions[slot] for slot in slots], samples)
+            texts = [rollout.texts[row : row + samples] for row in range(0, len(rollout.texts), samples)]
+            lengths = rollout.made.mask.sum(1).view(-1, samples)  # (q, n)
+            found += zip(slots, texts, lengths.tolist(), rollout.right.tolist(), rollout.rewards["format"].tolist())
+        _, texts, lengths, right, form = zip(*sorted(self.world.all_gather_lists(found)))
+        tasks = [question.task for question in questions for _ in range(samples)]
+        return exam.examine(tasks, sum(texts, []), torch.tensor(lengths).flatten(), torch.tensor(right),
+                            torch.tensor(form))
 
 
 def score(model, made: Generation, temperature: float, keep_routing: bool = False) -> Tensor:
@@ -377,7 +386,7 @@ class RLTrainer(SavedRun):
         config, on_main = self.config, self.world.on_main
         self.policy.model = self.whole()  # on every rank: gathered once a step, not once a token
         if self.step == 0:
-            self.before = on_main(self.policy.evaluate, config.eval_samples)
+            self.before = self.policy.evaluate(config.eval_samples)
             on_main(self.answer_samples)
         loop = Loop(self.folder, done=self.step, total=config.steps, every=config.eval_every,
                     label="rl", agree=self.world.any)
@@ -385,8 +394,8 @@ class RLTrainer(SavedRun):
             with self.saved_if_refused():
                 values = self.advance()
             if loop.is_due:
-                found = on_main(self.policy.evaluate, min(8, config.eval_samples))
-                values |= zip(("eval_accuracy", "eval_error"), found["accuracy"] if found else ())
+                found = self.policy.evaluate(min(8, config.eval_samples))
+                values |= zip(("eval_accuracy", "eval_error"), found["accuracy"])
             self.folder.log(values, self.columns)
             loop.show(SUMMARY.format(**values, update=values["score_s"] + values["update_s"]))
             self.check_signal(values)
@@ -396,7 +405,7 @@ class RLTrainer(SavedRun):
                 on_main(plot.draw_rl, self.folder.path, self.folder.rows(), self.styles, self.loads,
                         [path for path, _ in self.model.moe_layers()])
         if loop.is_complete:
-            after = on_main(self.policy.evaluate, config.eval_samples)
+            after = self.policy.evaluate(config.eval_samples)
             on_main(exam.write_report, self.folder.path, self.folder.rows(), self.before, after)
         else:
             self.save()
@@ -618,15 +627,16 @@ def examine(config: RLConfig, world: train.Dist) -> None:
     for base in config.exam:
         policies = [Policy(replace(config, base=base, task=group), world) for group in groups]
         found[base] = [policy.evaluate(min(8, config.eval_samples)) for policy in policies]
-    exam.write_lines(f"{config.folder}.txt", exam.table(groups, found))
+    world.on_main(exam.write_lines, f"{config.folder}.txt", exam.table(groups, found))
 
 
 def main(argv: list[str], world: train.Dist | None = None) -> bool:
     """Run RL, or what --recipe, --write or --exam ask for; False when a signal ended it early."""
     config = parse_flags(RLConfig, argv, __doc__, presets={"variant": VARIANTS, "recipe": RECIPES})
-    with nullcontext(world) if world else train.setup_distributed(config.device) as mine:
+    start = partial(together, config.device, config.processes, config.usual_processes(), partial(main, argv))
+    with nullcontext(world) if world else start() as mine:
         if config.exam or config.write:
-            mine.on_main(examine if config.exam else write_good_answers, config, mine)
+            examine(config, mine) if config.exam else mine.on_main(write_good_answers, config, mine)
             return True
         programs = {"rl.py": partial(main, world=mine), "train.py": partial(train.main, world=mine),
                     "data.tasks": partial(mine.on_main, traces.main)}

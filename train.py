@@ -27,8 +27,9 @@ from torch import Tensor, nn
 
 from data.io import plot
 from data.io.cli import UserError, knob, parse_flags, run_main, set_fields, widest_float
+from data.io.cores import fitting, together
 from data.io.portrait import check_memory
-from data.io.ranks import Dist, is_restarted, local, setup_distributed, traffic
+from data.io.ranks import Dist, is_restarted, is_split, local, traffic
 from data.io.run import Loop, RunConfig, RunFolder, SavedRun, minutes, peak_memory, to_go_on
 from data.tasks.task import BOS
 from data.text.corpus import prepare
@@ -113,8 +114,7 @@ def optimizer_step(model: Transformer, optimizer, lr: float, clip: float, world:
 
     When it is not finite, the optimizer leaves the step out without a word to the host.
     """
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    norm = world.gradient_norm(gradients)
+    gradients, norm = world.gradient(model)
     torch._foreach_mul_(gradients, (clip / (norm + 1e-6)).clamp(max=1.0))
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -178,7 +178,7 @@ def shard(model: Transformer, config: RunConfig, world: Dist) -> Transformer:
     """Split the model over the ranks, block by block (data/io/ranks.py); alone, nothing happens."""
     experts = [moe.experts for _, moe in model.moe_layers()]
     return world.shard(model, model.model.layers, experts, expert_parallel=config.expert_parallel,
-                       reshard=config.reshard)
+                       zero=config.zero)
 
 
 def whole(model: Transformer, world: Dist, main_only: bool = False) -> Transformer | None:
@@ -187,10 +187,11 @@ def whole(model: Transformer, world: Dist, main_only: bool = False) -> Transform
     The model itself where nothing is split. Every rank calls this. With `main_only` the first rank
     gets it, on its CPU, and the others None.
     """
-    if world.world_size == 1:
-        return model
+    is_absent = main_only and not world.is_main
+    if not is_split(model):
+        return None if is_absent else model
     state = world.gathered(model, main_only)
-    if main_only and not world.is_main:
+    if is_absent:
         return None
     with torch.device("meta"):
         twin = Transformer(model.config, init=False)
@@ -244,6 +245,10 @@ class TrainConfig(RunConfig):
     precision: str = knob("auto", "auto: bf16 on a GPU that has it", choices=("auto", "fp32", "bf16", "fp8"))
     isolate: bool = knob(True, "documents packed into one row do not see each other (V3: they do)")
     recompute: bool = knob(False, "keep block inputs only, compute the rest twice")
+
+    def usual_processes(self) -> int:
+        """Of one CPU: a process has at least 512 tokens, which keep a core busy."""
+        return fitting(self.tokens_per_step // self.seq_len, least=-(-512 // self.seq_len))
 
     def rules(self):
         floor = 0.0
@@ -498,7 +503,7 @@ def build_trainer(config: TrainConfig, world: Dist) -> Trainer:
               f"of them MTP), {counts['active']:,} active per token, {flops / 1e6:.2f} MFLOP per token\n"
               f"run         {plan.steps} steps, {plan.tokens[-1]:,} tokens, {config.tokens_per_step:,} per "
               f"step, on {world.world_size} x {world.device.type}, into {folder.path}\n{how}")
-    if world.world_size > 1:
+    if is_split(model):
         mine = sum(local(parameter).numel() for parameter in model.parameters())
         world.say(f"rank 0      holds {mine:,} parameters, {16 * mine / 1e6:,.1f} MB with gradients "
                   "and moments")
@@ -509,10 +514,11 @@ def final_report(trainer: Trainer, model: Transformer) -> None:
     """What was reached and what it took; and, behind a bar, how the model goes on with a text."""
     rate = trainer.plan.tokens[-1] / trainer.seconds
     flops = flops_per_token(trainer.model.config, trainer.config.seq_len) * rate
+    each = ", in each process" * (trainer.world.world_size > 1)
     print(f"\nloss        {trainer.losses()}, in nats per token of validation text\n"
           f"speed       {rate:,.0f} tokens/s, {flops / 1e9:,.1f} GFLOP/s of the main model\n"
           f"time        {minutes(trainer.seconds)}, without preparation and evaluation\n"
-          f"memory      {peak_memory(trainer.world.device)} at most\n"
+          f"memory      {peak_memory(trainer.world.device)} at most{each}\n"
           f"checkpoint  {trainer.folder.path}")
     tokenizer = trainer.tokenizer
     for name in [name for name in trainer.evals if name.startswith("val_")]:
@@ -527,7 +533,8 @@ def final_report(trainer: Trainer, model: Transformer) -> None:
 def main(argv: list[str], world: Dist | None = None) -> bool:
     """Train, or go on training, and show the result; False when a signal ended the run early."""
     config = parse_flags(TrainConfig, argv, __doc__, presets={"preset": PRESET_KNOBS}, moved=MOVED)
-    with nullcontext(world) if world else setup_distributed(config.device) as mine:
+    start = partial(together, config.device, config.processes, config.usual_processes(), partial(main, argv))
+    with nullcontext(world) if world else start() as mine:
         trainer = build_trainer(config, mine)
         is_complete = trainer.run()
         if is_complete:

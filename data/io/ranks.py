@@ -12,6 +12,7 @@ never averaged, and every loss was divided by the targets of all ranks before. A
 import gc
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +31,10 @@ from data.io.cli import UserError, pick_device
 IN_STEP = timedelta(minutes=1)  # a rank that answers no longer in the loop is given up
 IN_PREPARATION = timedelta(hours=8)  # while the first rank prepares text or examines the model
 SOURCES = Path(__file__).parents[2]
+
+
+class LostRank(UserError):
+    """Another rank has died, or answers no more."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -51,6 +56,7 @@ class Dist:
     device: torch.device = torch.device("cpu")
     is_first_of_node: bool = True
     patient: object = None  # the group that waits for hours
+    is_of_one_cpu: bool = False  # started by data/io/cores.py: the model is whole in every process
 
     @property
     def is_main(self) -> bool:
@@ -69,6 +75,14 @@ class Dist:
         parts = [torch.empty_like(tensor, device=self.device) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor.to(self.device).contiguous())
         return torch.cat(parts).cpu()
+
+    def all_gather_lists(self, mine: list) -> list:
+        """What the ranks hold, one behind the other, on all of them."""
+        if self.world_size == 1:
+            return mine
+        parts: list = [None] * self.world_size
+        dist.all_gather_object(parts, mine)
+        return sum(parts, [])
 
     def any(self, flag: bool) -> bool:
         """True on all ranks when it is on one."""
@@ -99,19 +113,22 @@ class Dist:
     # ------------------------------------------------------------------- sharding (ZeRO, FSDP2)
 
     def shard(self, model: nn.Module, blocks: Iterable[nn.Module], experts: Sequence[nn.Module] = (), *,
-              expert_parallel: int = 1, reshard: bool = True) -> nn.Module:
+              expert_parallel: int = 1, zero: int | None = None) -> nn.Module:
         """Split weights, gradients and moments over the ranks; the model is called and trained as before.
 
         Each of `blocks` gathers its weights when it runs; what is in none of them is gathered for the whole pass.
-        Without `reshard` gathered weights stay until the step ends (ZeRO-2 in place of ZeRO-3). With
-        `expert_parallel` the modules of `experts`, stacked weights (E, ...) each, are split over so many ranks first
-        and their operation becomes a `Dispatch`. Raises UserError where the numbers do not divide.
+        zero: 3, or 2, where gathered weights stay until the step ends, or 0, where nothing is split; None: 0 for the
+        processes of one CPU, else 3. With `expert_parallel` the modules of `experts`, stacked weights (E, ...) each,
+        are split over so many ranks first and their operation becomes a `Dispatch`. Raises UserError where the
+        numbers do not divide.
         """
         self.check_experts(expert_parallel, len(experts[0].down_proj) if experts else expert_parallel)
-        if self.world_size == 1:
+        is_whole = zero == 0 or zero is None and self.is_of_one_cpu and expert_parallel == 1
+        if self.world_size == 1 or is_whole:
             return model
         from torch.distributed.fsdp import fully_shard
 
+        reshard = zero != 2
         every = init_device_mesh(self.device.type, (self.world_size,))
         if expert_parallel > 1:
             warnings.filterwarnings("ignore", ".*returned a view tensor")  # Experts do; nobody writes into it
@@ -140,10 +157,19 @@ class Dist:
         for module in _sharded(model):
             module.set_requires_gradient_sync(is_last, recurse=False)
 
-    def gradient_norm(self, gradients: list[Tensor]) -> Tensor:
-        """The norm of the whole gradient, of which each rank has the shards `gradients`."""
+    def gradient(self, model: nn.Module) -> tuple[list[Tensor], Tensor]:
+        """What this rank holds of the gradient of the whole batch, and the norm of all of it.
+
+        Where the model is split, it has added up what the ranks found; where it is whole, they do it here, at once.
+        """
+        found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [local(grad) for grad in found]
+        if self.world_size > 1 and not is_split(model):
+            summed = self.all_reduce_sum(torch.cat([grad.flatten() for grad in gradients]))
+            parts = summed.split([grad.numel() for grad in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(grad) for part, grad in zip(parts, gradients)])
         norm = nn.utils.get_total_norm(gradients)
-        return norm if self.world_size == 1 else self.all_reduce_sum(norm.square()).sqrt()
+        return gradients, self.all_reduce_sum(norm.square()).sqrt() if is_split(model) else norm
 
     def gathered(self, model: nn.Module, main_only: bool = False) -> dict[str, Tensor]:
         """The state dict of a sharded model, whole; with `main_only` on the first rank's CPU, elsewhere empty."""
@@ -168,23 +194,32 @@ class Dist:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Leave the others. Raises UserError when one of them has died or answers no more."""
+        """Leave the others. Raises LostRank when one of them has died or answers no more."""
         if self.world_size > 1:
             gc.collect()  # what refers to the group must be gone before it
             is_theirs = any(word in str(error) for word in ("gloo", "NCCL", "Timed out"))
             dist.destroy_process_group()
             if is_theirs and isinstance(error, RuntimeError):
-                raise UserError("another rank died or answers no more; --resume goes on from the last save") from None
+                raise LostRank("another rank died or answers no more; --resume goes on from the last save") from None
+
+
+def is_split(model: nn.Module) -> bool:
+    """Whether each rank holds a part of the model; ask no weight, which may be gathered just now."""
+    return bool(_sharded(model))
 
 
 def _sharded(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "set_requires_gradient_sync")]
 
 
+def is_under_torchrun() -> bool:
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
 def setup_distributed(device: str = "auto") -> Dist:
     """Join the processes that torchrun started (gloo on CPU, nccl on CUDA); alone without it."""
     chosen = pick_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not is_under_torchrun():
         return Dist(device=chosen)
     local_rank = int(os.environ["LOCAL_RANK"])
     if chosen.type == "cuda":
@@ -207,6 +242,16 @@ def setup_distributed(device: str = "auto") -> Dist:
     world = Dist(dist.get_rank(), dist.get_world_size(), chosen, local_rank == 0, patient)
     world.check_same_code()
     return world
+
+
+def joined(store: dist.Store, rank: int, ranks: int) -> Dist:
+    """One of the processes that data/io/cores.py started on this CPU, which talk by way of `store`.
+
+    They wait for each other as long as it takes (a terminal may stop them all), and notice at once when one dies.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")  # no network is asked
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=IN_PREPARATION)
+    return Dist(rank, ranks, torch.device("cpu"), rank == 0, dist.group.WORLD, is_of_one_cpu=True)
 
 
 def is_restarted() -> bool:

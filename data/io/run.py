@@ -47,19 +47,22 @@ class RunConfig(Knobs):
     weight_decay: float = knob(0.1, "AdamW: decay of matrices; norms and biases have none", least=0)
     max_bad_steps: int = knob(5, "steps in a row whose gradient is not finite, and which are left out,"
                                  " before the run gives up", least=1)
-    expert_parallel: int = knob(1, "under torchrun: ranks that share the experts of a layer", least=1)
-    reshard: bool = knob(True, "under torchrun: gathered weights are given back behind each block (ZeRO-3);"
-                               " --no-reshard keeps them for the step (ZeRO-2)")
+    expert_parallel: int = knob(1, "of several processes: so many share the experts of a layer", least=1)
+    zero: int | None = knob(None, "what ranks split among them: 3 weights, gradients and moments, 2 the same but for"
+                                  " weights within a step, 0 nothing [3 under torchrun, 0 on one CPU]",
+                            choices=(0, 2, 3))
+    processes: int | None = knob(None, "on a CPU: processes that share each batch [a core each]", least=1)
 
     # what may differ when a run is resumed: where and how it is computed, how often it is looked at, and
     # the learning rate, since a run that diverged goes on with a lower one
     FREE_ON_RESUME = frozenset({"resume", "overwrite", "out", "device", "impl", "micro_batch", "recompute",
                                 "snapshots", "eval_every", "lr", "steps", "max_bad_steps", "expert_parallel",
-                                "reshard"})
+                                "zero", "processes"})
 
     def rules(self):
         is_plain = self.name not in ("", ".", "..") and Path(self.name).name == self.name
         yield "name", "a plain folder name (the place goes into --out)", is_plain
+        yield "zero", "2 or 3 with --expert_parallel", self.zero != 0 or self.expert_parallel == 1
 
     @property
     def folder(self) -> Path:
@@ -308,6 +311,7 @@ class Loop:
         self.first, self.label, self.is_main = done, label, folder.is_main
         self.started, is_terminal, self.is_unheard = time.monotonic(), bool(sys.stderr and sys.stderr.isatty()), False
         layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix[0]} {elapsed}, {remaining} left"
+        tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a kill leaves behind
         self.bar = tqdm(total=total, initial=done, desc=label, disable=not (is_terminal and self.is_main),
                         dynamic_ncols=True, smoothing=0.05, bar_format=layout, postfix=[""])
 

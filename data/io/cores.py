@@ -1,0 +1,137 @@
+"""The cores of a CPU: processes of one thread that share every batch, as the ranks of several GPUs do.
+
+The threads of one process wait for each other in every operation, some thousand times a step: beside other programs
+one of them is always late, and a step takes many times its share. Processes meet a few times a step.
+"""
+
+import multiprocessing
+import signal
+import sys
+import threading
+import traceback
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+from torch import distributed as dist
+
+from data.io.cli import UserError, keep_freed_memory, pick_device
+from data.io.ranks import Dist, LostRank, is_under_torchrun, joined, setup_distributed
+
+LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU, and of the time that they are for
+
+
+def cores() -> int:
+    """Cores that this process may use: torch's threads (OMP_NUM_THREADS), within the limit of a container."""
+    allowed = torch.get_num_threads()
+    try:
+        quota, period = LIMIT.read_text().split()
+        allowed = min(allowed, max(1, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        pass
+    return allowed
+
+
+def fitting(parts: int, least: int = 1) -> int:
+    """As many processes as there are cores, if a batch of so many parts can be shared evenly, `least` to each.
+
+    >>> torch.set_num_threads(1); fitting(32)
+    1
+    """
+    return max(n for n in range(1, cores() + 1) if parts % n == 0 and (n == 1 or parts // n >= least))
+
+
+@contextmanager
+def together(device: str, asked: int | None, usual: int, work: Callable[[Dist], object]) -> Iterator[Dist]:
+    """This process among its equals: those that torchrun started, or on a CPU so many of its own.
+
+    asked: how many the user wants, None: `usual`. work(world) is what the others do, from the beginning: what the
+    block does here, and picklable. They share each batch, nothing else: each holds the whole model. They end with the
+    block, or when this process dies. Raises UserError, in the words of a process that failed alone.
+    """
+    is_on_cores = pick_device(device).type == "cpu" and not is_under_torchrun()
+    if (asked or 1) > 1 and not is_on_cores:
+        raise UserError(f"processes: got {asked}, wanted none on a GPU or under torchrun, which starts its own")
+    count = (asked or usual) if is_on_cores else 1
+    threads = max(1, cores() // count)
+    if is_on_cores and cores() > 1:
+        print(f"cores       {_words(count, threads, asked)}", flush=True)
+    if count == 1:
+        with setup_distributed(device) as world:
+            yield world
+        return
+    before, here = torch.get_num_threads(), threading.current_thread() is threading.main_thread()
+    torch.set_num_threads(threads)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context, helpers = multiprocessing.get_context("spawn"), []
+    try:
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if here else None  # which they inherit
+        try:
+            for rank in range(1, count):
+                mine, theirs = context.Pipe()
+                told = (rank, count, store.port, threads, theirs, work)
+                helpers.append((context.Process(target=_help, args=told, daemon=True), mine))
+                helpers[-1][0].start()
+                theirs.close()
+        finally:
+            if here:
+                signal.signal(signal.SIGINT, interrupt)
+        for _, pipe in helpers:
+            pipe.recv_bytes()  # it has come as far as to join
+        with joined(store, 0, count) as world:
+            yield world
+    except (LostRank, EOFError):
+        raise UserError(_reason(helpers)) from None
+    finally:
+        for process, pipe in helpers:
+            pipe.close()
+            process.join(5)
+            process.kill()
+        torch.set_num_threads(before)
+
+
+def _words(count: int, threads: int, asked: int | None) -> str:
+    """How the work is shared, and why."""
+    shared = f"{count} process{'es' * (count > 1)} of {threads} thread{'s' * (threads > 1)}"
+    if asked is not None:
+        return f"{shared}, as --processes wants it"
+    if count == 1:
+        return f"{shared}: the batch is too small, or cannot be shared evenly"
+    return f"{shared}: threads would wait for each other in every operation, processes do so a few times a step"
+
+
+def _help(rank: int, ranks: int, port: int, threads: int, pipe: Connection, work: Callable[[Dist], object]) -> None:
+    """Another process: it prints nothing, and tells the first one why it broke off."""
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    try:
+        pipe.send_bytes(b"here")
+        with joined(dist.TCPStore("127.0.0.1", port), rank, ranks) as world:
+            work(world)
+    except (LostRank, KeyboardInterrupt):  # the first process is the one to say it
+        pass
+    except BaseException as error:
+        text = str(error) if isinstance(error, UserError) else traceback.format_exc()
+        pipe.send_bytes(text.encode())
+
+
+def _reason(helpers: list[tuple]) -> str:
+    """Why a process has gone; what it said, if it is more than a line, goes to stderr."""
+    for number, (process, pipe) in enumerate(helpers, 2):
+        process.join(5)
+        which = f"process {number} of {len(helpers) + 1}"
+        try:
+            words = pipe.recv_bytes().decode() if pipe.poll() else ""
+        except EOFError:
+            words = ""
+        if "\n" in words:
+            print(words, file=sys.stderr)
+            return f"{which} broke off, see above; --resume goes on from the last save"
+        if words:
+            return words
+        if process.exitcode:
+            return (f"{which} was ended (exit code {process.exitcode}; -9 may be want of memory: --processes 1 takes "
+                    "least); --resume goes on from the last save")
+    return "another process answers no more; --resume goes on from the last save"

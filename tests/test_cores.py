@@ -1,0 +1,190 @@
+"""A process for each core: the numbers of one process, and nothing lost when one of them ends."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+import torch
+
+import rl
+import train
+from data.io import cores
+from data.io.cli import UserError
+from data.io.ranks import Dist
+from data.io.run import RunFolder
+from tests.conftest import refused, start
+from tests.test_train import QUICK
+
+RUN = ["--steps", "14", "--eval_every", "4", *QUICK]
+linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+
+
+def helpers(run) -> list[int]:
+    """The processes that a program started to share its work."""
+    found = []
+    for child in os.popen(f"pgrep -P {run.pid}").read().split():
+        with open(f"/proc/{child}/cmdline") as file:
+            found += [int(child)] if "spawn_main" in file.read() else []
+    return found
+
+
+def rows(folder, name: str) -> list[dict]:
+    return RunFolder(folder / "out" / name).rows()
+
+
+def until_logged(run, log, lines: int):
+    until = time.monotonic() + 90
+    while not (log.exists() and log.read_text().count("\n") > lines):
+        assert time.monotonic() < until and run.poll() is None, run.communicate()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(workplace):
+    """The rows of one process's log."""
+    run = start("train.py", *RUN, "--name", "alone", cwd=workplace)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0 and "cores " not in out, err
+    return rows(workplace, "alone")
+
+
+def same(found: list[dict], wanted: list[dict]):
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted):
+        for column in ("step", "ce", "mtp", "balance", "grad_norm", "val_text", "train_text", "val_mtp"):
+            assert a[column] == b[column] or float(a[column]) == pytest.approx(float(b[column]), rel=1e-5), column
+
+
+@linux
+def test_two_processes_give_the_losses_of_one_however_often_they_are_stopped(workplace, alone):
+    """Ctrl-C, a helper that is killed, the whole run that is killed: the log is that of one process."""
+    def begin(lines: int, *more: str):
+        run = start("train.py", *RUN, "--name", "two", *more, OMP_NUM_THREADS="2", cwd=workplace)
+        until_logged(run, workplace / "out" / "two" / "log.csv", lines)
+        (helper,) = helpers(run)
+        return run, helper
+
+    run, helper = begin(3, "--processes", "2")
+    for each in (helper, run.pid):  # as a terminal does
+        os.kill(each, signal.SIGINT)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0 and "and saved" in out and not err, err
+    assert "cores       2 processes of 1 thread" in out and "on 2 x cpu" in out
+    run, helper = begin(6, "--resume", "--processes", "2")
+    os.kill(helper, signal.SIGKILL)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 2 and err.count("\n") == 1, err
+    assert "error: process 2 of 2 was ended (exit code -9" in err and "--resume goes on" in err
+    run, helper = begin(10, "--resume", "--processes", "2")
+    run.kill()
+    run.communicate(timeout=60)
+    until = time.monotonic() + 20
+    while os.path.exists(f"/proc/{helper}"):
+        assert time.monotonic() < until, "it outlives the run"
+        time.sleep(0.02)
+    run = start("train.py", *RUN, "--name", "two", "--resume", cwd=workplace)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 0 and "resumed at step" in out and not err, err
+    same(rows(workplace, "two"), alone)
+
+
+def test_reinforcement_learning_shares_questions_and_examinations(base, tmp_path, monkeypatch):
+    """Two processes give the rows and the report of one: which answer is drawn depends on its question alone."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--base", base, "--steps", "2", "--questions", "4", "--group_size", "4", "--eval_questions", "6",
+             "--eval_samples", "4", "--max_new_tokens", "24", "--eval_every", "2"]
+    for name, count in (("one", 1), ("two", 2)):
+        assert rl.main([*map(str, flags), "--name", name, "--processes", str(count)])
+    one, two = (rows(tmp_path, name) for name in ("one", "two"))
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two):
+        for column in a.keys() - {"rollout_s", "score_s", "update_s", "seconds", "ratio_gap"}:
+            assert a[column] == b[column] or float(a[column]) == pytest.approx(float(b[column]), rel=1e-4), column
+    reports = [(tmp_path / "out" / name / "report.txt").read_text().partition("time  ")[0] for name in ("one", "two")]
+    assert reports[0] == reports[1] and "pass@4" in reports[0]
+
+
+# ------------------------------------------------------------------------ what the others are told and tell
+
+
+def one_sum(world: Dist):
+    assert world.all_gather_lists([world.rank]) == list(range(world.world_size))
+    assert world.all_reduce_sum(torch.ones(2)).tolist() == [world.world_size] * 2
+
+
+def the_second_refuses(world: Dist):
+    if world.rank:
+        raise UserError("rank 1 wants another file")
+    world.all_reduce_sum(torch.ones(1))
+
+
+def the_second_breaks(world: Dist):
+    if world.rank:
+        raise KeyError("a fault")
+    world.all_reduce_sum(torch.ones(1))
+
+
+def all_refuse(world: Dist):
+    raise UserError("nobody wants it")
+
+
+def ends_before_it_joins():
+    os._exit(3)
+
+
+class Unloadable:
+    """What a process reads before it begins ends it."""
+
+    def __reduce__(self):
+        return ends_before_it_joins, ()
+
+    def __call__(self, world):
+        pass
+
+
+def run(work):
+    with cores.together("cpu", 2, 1, work) as world:
+        work(world)
+
+
+def test_processes_join_share_and_leave():
+    threads = torch.get_num_threads()
+    run(one_sum)
+    assert torch.get_num_threads() == threads and not torch.distributed.is_initialized()
+
+
+@pytest.mark.parametrize("work,told", [
+    (the_second_refuses, "^rank 1 wants another file$"), (all_refuse, "^nobody wants it$"),
+    (the_second_breaks, "^process 2 of 2 broke off, see above; --resume goes on from the last save$"),
+    (Unloadable(), r"^process 2 of 2 was ended \(exit code 3;")])
+def test_a_process_that_fails_says_why(work, told, capfd):
+    with refused(told):
+        run(work)
+    assert ("KeyError: 'a fault'" in capfd.readouterr().err) == (work is the_second_breaks)
+    assert not torch.distributed.is_initialized()
+
+
+def test_cores_are_those_that_a_process_may_use(tmp_path, monkeypatch):
+    monkeypatch.setattr(cores, "LIMIT", tmp_path / "cpu.max")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    for text, count in ((None, 8), ("max 100000\n", 8), ("250000 100000\n", 2), ("50000 100000\n", 1), ("x", 8)):
+        if text:
+            (tmp_path / "cpu.max").write_text(text)
+        assert cores.cores() == count, text
+
+
+@pytest.mark.parametrize("threads,config,count", [
+    (1, train.TrainConfig(), 1), (2, train.TrainConfig(), 2), (3, train.TrainConfig(), 2), (16, train.TrainConfig(), 8),
+    (4, train.TrainConfig(tokens_per_step=384), 1), (4, train.TrainConfig(tokens_per_step=3 * 1024, seq_len=1024), 3),
+    (6, rl.RLConfig(), 4), (6, rl.RLConfig(questions=18), 6), (2, rl.RLConfig(questions=9), 1)])
+def test_a_batch_is_shared_evenly(threads, config, count, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert config.usual_processes() == count
+
+
+def test_processes_are_not_for_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with refused("processes: got 2, wanted none on a GPU or under torchrun"), cores.together("cpu", 2, 1, print):
+        pass
