@@ -23,7 +23,6 @@ import math
 import shlex
 import time
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ import train
 from data.io import plot
 from data.io.checkpoint import identity
 from data.io.cli import UserError, knob, parse_flags, run_main, to_flags, widest_float
-from data.io.cores import fitting, together
+from data.io.cores import together
 from data.io.ranks import is_restarted
 from data.io.run import Commands, Loop, RunConfig, RunFolder, SavedRun, to_go_on
 from data.tasks import exam, load_task
@@ -206,9 +205,8 @@ class RLConfig(RunConfig):
     eval_questions: int = knob(64, "held-out questions of an evaluation", least=1)
     eval_samples: int = knob(64, "answers to each, before and after (8 in between)", least=1)
 
-    def usual_processes(self) -> int:
-        """Of one CPU: each has questions of its own."""
-        return fitting(self.questions)
+    def shares(self) -> tuple[int, int]:
+        return self.questions, 1
 
     def rules(self):
         yield "group_size", "at least 2: an advantage compares answers", self.group_size >= 2
@@ -290,17 +288,16 @@ class Policy:
     def evaluate(self, samples: int) -> dict:
         """What data/tasks/exam.py finds in answers to the held-out questions of every run, shared by the ranks."""
         questions = self.questions("test", "held out", range(self.config.eval_questions))
-        mine = range(self.world.rank, len(questions), self.world.world_size)
-        found = []  # of each question its number, and of n answers texts, lengths, whether right, form
-        for slots in (mine[start : start + 16] for start in range(0, len(mine), 16)):
-            rollout = self.ask([questions[slot] for slot in slots], samples)
+
+        def answers(part) -> list[tuple]:  # of each question n texts, lengths, whether right, form
+            rollout = self.ask(part, samples)
             texts = [rollout.texts[row : row + samples] for row in range(0, len(rollout.texts), samples)]
-            lengths = rollout.made.mask.sum(1).view(-1, samples)  # (q, n)
-            found += zip(slots, texts, lengths.tolist(), rollout.right.tolist(), rollout.rewards["format"].tolist())
-        _, texts, lengths, right, form = zip(*sorted(self.world.all_gather_lists(found)))
+            numbers = rollout.made.mask.sum(1).view(-1, samples), rollout.right, rollout.rewards["format"]
+            return list(zip(texts, *(each.tolist() for each in numbers)))
+
+        texts, *numbers = zip(*self.world.shared(answers, questions, 16))
         tasks = [question.task for question in questions for _ in range(samples)]
-        return exam.examine(tasks, sum(texts, []), torch.tensor(lengths).flatten(), torch.tensor(right),
-                            torch.tensor(form))
+        return exam.examine(tasks, sum(texts, []), *map(torch.tensor, numbers))
 
 
 def score(model, made: Generation, temperature: float, keep_routing: bool = False) -> Tensor:
@@ -633,8 +630,7 @@ def examine(config: RLConfig, world: train.Dist) -> None:
 def main(argv: list[str], world: train.Dist | None = None) -> bool:
     """Run RL, or what --recipe, --write or --exam ask for; False when a signal ended it early."""
     config = parse_flags(RLConfig, argv, __doc__, presets={"variant": VARIANTS, "recipe": RECIPES})
-    start = partial(together, config.device, config.processes, config.usual_processes(), partial(main, argv))
-    with nullcontext(world) if world else start() as mine:
+    with together(config, main, argv, world) as mine:
         if config.exam or config.write:
             examine(config, mine) if config.exam else mine.on_main(write_good_answers, config, mine)
             return True

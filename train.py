@@ -16,7 +16,6 @@ pictures, and state.safetensors, from which --resume goes on.
 
 import math
 import time
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from data.io import plot
 from data.io.cli import UserError, knob, parse_flags, run_main, set_fields, widest_float
-from data.io.cores import fitting, together
+from data.io.cores import together
 from data.io.portrait import check_memory
 from data.io.ranks import Dist, is_restarted, is_split, local, traffic
 from data.io.run import Loop, RunConfig, RunFolder, SavedRun, minutes, peak_memory, to_go_on
@@ -246,9 +245,8 @@ class TrainConfig(RunConfig):
     isolate: bool = knob(True, "documents packed into one row do not see each other (V3: they do)")
     recompute: bool = knob(False, "keep block inputs only, compute the rest twice")
 
-    def usual_processes(self) -> int:
-        """Of one CPU: a process has at least 512 tokens, which keep a core busy."""
-        return fitting(self.tokens_per_step // self.seq_len, least=-(-512 // self.seq_len))
+    def shares(self) -> tuple[int, int]:
+        return self.tokens_per_step // self.seq_len, math.ceil(512 / self.seq_len)  # tokens that keep a core busy
 
     def rules(self):
         floor = 0.0
@@ -533,8 +531,7 @@ def final_report(trainer: Trainer, model: Transformer) -> None:
 def main(argv: list[str], world: Dist | None = None) -> bool:
     """Train, or go on training, and show the result; False when a signal ended the run early."""
     config = parse_flags(TrainConfig, argv, __doc__, presets={"preset": PRESET_KNOBS}, moved=MOVED)
-    start = partial(together, config.device, config.processes, config.usual_processes(), partial(main, argv))
-    with nullcontext(world) if world else start() as mine:
+    with together(config, main, argv, world) as mine:
         trainer = build_trainer(config, mine)
         is_complete = trainer.run()
         if is_complete:

@@ -110,7 +110,9 @@ def test_reinforcement_learning_shares_questions_and_examinations(base, tmp_path
 
 
 def one_sum(world: Dist):
-    assert world.all_gather_lists([world.rank]) == list(range(world.world_size))
+    for count in range(6):  # in their order, whoever computes them
+        parts = world.shared(lambda part: [(x, world.rank) for x in part], list(range(count)), 2)
+        assert parts == [(x, x % world.world_size) for x in range(count)]
     assert world.all_reduce_sum(torch.ones(2)).tolist() == [world.world_size] * 2
 
 
@@ -144,8 +146,16 @@ class Unloadable:
         pass
 
 
+def by_itself(argv, world: Dist):
+    """Like a program's main, of whose flags the first one is what it does."""
+    argv[0](world)
+
+
+TWO = train.TrainConfig(device="cpu", processes=2)
+
+
 def run(work):
-    with cores.together("cpu", 2, 1, work) as world:
+    with cores.together(TWO, by_itself, [work]) as world:
         work(world)
 
 
@@ -181,10 +191,10 @@ def test_cores_are_those_that_a_process_may_use(tmp_path, monkeypatch):
     (6, rl.RLConfig(), 4), (6, rl.RLConfig(questions=18), 6), (2, rl.RLConfig(questions=9), 1)])
 def test_a_batch_is_shared_evenly(threads, config, count, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert config.usual_processes() == count
+    assert cores.fitting(*config.shares()) == count
 
 
 def test_processes_are_not_for_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with refused("processes: got 2, wanted none on a GPU or under torchrun"), cores.together("cpu", 2, 1, print):
+    with refused("processes: got 2, wanted none on a GPU or under torchrun"), cores.together(TWO, print, []):
         pass

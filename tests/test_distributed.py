@@ -166,7 +166,7 @@ def test_what_expert_parallel_sends_is_counted():
 
 
 @pytest.mark.parametrize("knobs,told", [
-    (dict(expert_parallel=3), "expert_parallel: got 3, wanted a divisor of the 1 ranks"),
+    (dict(expert_parallel=3), "expert_parallel: got 3, wanted a divisor of the 1 processes"),
     (dict(expert_parallel=2), "torchrun --nproc_per_node")])
 def test_numbers_that_do_not_divide(knobs, told):
     with refused(told):

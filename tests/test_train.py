@@ -13,6 +13,7 @@ import torch
 
 import train
 from data.io.cli import UserError, parse_flags
+from data.io.cores import together
 from data.io.ranks import Dist
 from data.io.run import RunFolder
 from data.io.state import saved_states
@@ -64,9 +65,9 @@ class NoTokenizer:
         pass
 
 
-def trainer_in(path, loader=None, model=None, evals=None, **knobs) -> Trainer:
-    config = TrainConfig(**(dict(steps=6, tokens_per_step=128, seq_len=16, eval_every=3) | knobs))
-    return Trainer(config, model or small_model(), NoTokenizer(), loader or Repeat(), RunFolder(path), WORLD, evals)
+def trainer_in(path, loader=None, model=None, evals=None, world=WORLD, **knobs) -> Trainer:
+    config, folder = TrainConfig(**(dict(steps=6, tokens_per_step=128, seq_len=16, eval_every=3) | knobs)), RunFolder(path, world)
+    return Trainer(config, model or small_model(), NoTokenizer(), loader or Repeat(), folder, world, evals)
 
 
 def finished_in(path, **knobs) -> Trainer:
@@ -182,13 +183,20 @@ def test_a_step_whose_gradient_is_not_finite_is_left_out():
     assert not torch.equal(before["lm_head.weight"], model.lm_head.weight)
 
 
-def test_too_many_such_steps_in_a_row_end_the_run(tmp_path):
-    run = trainer_in(tmp_path, max_bad_steps=2, steps=9)
+def is_sick(argv, world):
+    """Of a run in the folder argv[0] the steps 3, 6 and 7; the first one is alone."""
+    run = trainer_in(argv[0], max_bad_steps=2, steps=9, world=world)
     run.folder.start({})
-    sick = {3, 6, 7}  # of which the first one is alone
-    run.model.lm_head.weight.register_hook(lambda grad: grad * (math.nan if run.step + 1 in sick else 1))
+    run.model.lm_head.weight.register_hook(lambda grad: grad * (math.nan if run.step + 1 in {3, 6, 7} else 1))
+    run.run()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_too_many_such_steps_in_a_row_end_the_run(tmp_path, processes):
+    config = TrainConfig(device="cpu", processes=processes)
     with refused("step 7: the gradient was not finite 2 times in a row: lower --lr; --resume goes on from"):
-        run.run()
+        with together(config, is_sick, [tmp_path]) as world:
+            is_sick([tmp_path], world)
     rows = RunFolder(tmp_path).rows()
     assert [row["bad_steps"] for row in rows] == ["", "0", "0", "1", "0", "0", "1"]
     assert saved_states(tmp_path)[-1].name == "state-000006"

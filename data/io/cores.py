@@ -10,6 +10,7 @@ import sys
 import threading
 import traceback
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Callable, Iterator
@@ -19,7 +20,9 @@ from torch import distributed as dist
 
 from data.io.cli import UserError, keep_freed_memory, pick_device
 from data.io.ranks import Dist, LostRank, is_under_torchrun, joined, setup_distributed
+from data.io.run import RunConfig
 
+PATIENCE = 5.0  # seconds that a process has to end
 LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU, and of the time that they are for
 
 
@@ -34,27 +37,32 @@ def cores() -> int:
     return allowed
 
 
-def fitting(parts: int, least: int = 1) -> int:
+def fitting(parts: int, least: int) -> int:
     """As many processes as there are cores, if a batch of so many parts can be shared evenly, `least` to each.
 
-    >>> torch.set_num_threads(1); fitting(32)
+    >>> torch.set_num_threads(1); fitting(32, 4)
     1
     """
     return max(n for n in range(1, cores() + 1) if parts % n == 0 and (n == 1 or parts // n >= least))
 
 
 @contextmanager
-def together(device: str, asked: int | None, usual: int, work: Callable[[Dist], object]) -> Iterator[Dist]:
-    """This process among its equals: those that torchrun started, or on a CPU so many of its own.
+def together(config: RunConfig, work: Callable[[list[str], Dist], object], argv: list[str],
+             world: Dist | None = None) -> Iterator[Dist]:
+    """This process among its equals: `world`, those that torchrun started, or on a CPU so many of its own.
 
-    asked: how many the user wants, None: `usual`. work(world) is what the others do, from the beginning: what the
-    block does here, and picklable. They share each batch, nothing else: each holds the whole model. They end with the
-    block, or when this process dies. Raises UserError, in the words of a process that failed alone.
+    work(argv, world) is what the others do, from the beginning: what the block does here, and picklable. They share
+    each batch, nothing else: each holds the whole model. They end with the block, or when this process dies. Raises
+    UserError, in the words of a process that failed alone.
     """
+    if world:
+        yield world
+        return
+    device, asked = config.device, config.processes
     is_on_cores = pick_device(device).type == "cpu" and not is_under_torchrun()
     if (asked or 1) > 1 and not is_on_cores:
         raise UserError(f"processes: got {asked}, wanted none on a GPU or under torchrun, which starts its own")
-    count = (asked or usual) if is_on_cores else 1
+    count = (asked or fitting(*config.shares())) if is_on_cores else 1
     threads = max(1, cores() // count)
     if is_on_cores and cores() > 1:
         print(f"cores       {_words(count, threads, asked)}", flush=True)
@@ -62,34 +70,53 @@ def together(device: str, asked: int | None, usual: int, work: Callable[[Dist], 
         with setup_distributed(device) as world:
             yield world
         return
-    before, here = torch.get_num_threads(), threading.current_thread() is threading.main_thread()
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context, helpers = multiprocessing.get_context("spawn"), []
+    helpers, is_over = _started(count, threads, store.port, partial(work, argv)), False
     try:
-        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if here else None  # which they inherit
-        try:
-            for rank in range(1, count):
-                mine, theirs = context.Pipe()
-                told = (rank, count, store.port, threads, theirs, work)
-                helpers.append((context.Process(target=_help, args=told, daemon=True), mine))
-                helpers[-1][0].start()
-                theirs.close()
-        finally:
-            if here:
-                signal.signal(signal.SIGINT, interrupt)
         for _, pipe in helpers:
-            pipe.recv_bytes()  # it has come as far as to join
+            if not _heard(pipe):
+                raise LostRank("it has not come as far as to join")
         with joined(store, 0, count) as world:
             yield world
-    except (LostRank, EOFError):
+        is_over = True
+    except LostRank:
         raise UserError(_reason(helpers)) from None
     finally:
         for process, pipe in helpers:
             pipe.close()
-            process.join(5)
+            process.join(PATIENCE if is_over else 0)
             process.kill()
+            process.join()
         torch.set_num_threads(before)
+
+
+def _started(count: int, threads: int, port: int, work: Callable[[Dist], object]) -> list[tuple]:
+    """All processes but the first one, each with the pipe by which it is heard. Ctrl-C is for the first one."""
+    context, helpers = multiprocessing.get_context("spawn"), []
+    is_in_charge = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handler
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_in_charge else None  # which they inherit
+    try:
+        for rank in range(1, count):
+            mine, theirs = context.Pipe()
+            told = (rank, count, threads, port, theirs, work)
+            process = context.Process(target=_help, args=told, daemon=True)
+            process.start()
+            helpers.append((process, mine))
+            theirs.close()
+    finally:
+        if is_in_charge:
+            signal.signal(signal.SIGINT, interrupt)
+    return helpers
+
+
+def _heard(pipe: Connection) -> str:
+    """What another process says; nothing when it has ended without a word."""
+    try:
+        return pipe.recv_bytes().decode()
+    except EOFError:
+        return ""
 
 
 def _words(count: int, threads: int, asked: int | None) -> str:
@@ -102,7 +129,7 @@ def _words(count: int, threads: int, asked: int | None) -> str:
     return f"{shared}: threads would wait for each other in every operation, processes do so a few times a step"
 
 
-def _help(rank: int, ranks: int, port: int, threads: int, pipe: Connection, work: Callable[[Dist], object]) -> None:
+def _help(rank: int, ranks: int, threads: int, port: int, pipe: Connection, work: Callable[[Dist], object]) -> None:
     """Another process: it prints nothing, and tells the first one why it broke off."""
     keep_freed_memory()
     torch.set_num_threads(threads)
@@ -120,12 +147,8 @@ def _help(rank: int, ranks: int, port: int, threads: int, pipe: Connection, work
 def _reason(helpers: list[tuple]) -> str:
     """Why a process has gone; what it said, if it is more than a line, goes to stderr."""
     for number, (process, pipe) in enumerate(helpers, 2):
-        process.join(5)
-        which = f"process {number} of {len(helpers) + 1}"
-        try:
-            words = pipe.recv_bytes().decode() if pipe.poll() else ""
-        except EOFError:
-            words = ""
+        process.join(PATIENCE)
+        which, words = f"process {number} of {len(helpers) + 1}", _heard(pipe) if pipe.poll() else ""
         if "\n" in words:
             print(words, file=sys.stderr)
             return f"{which} broke off, see above; --resume goes on from the last save"

@@ -76,13 +76,18 @@ class Dist:
         dist.all_gather(parts, tensor.to(self.device).contiguous())
         return torch.cat(parts).cpu()
 
-    def all_gather_lists(self, mine: list) -> list:
-        """What the ranks hold, one behind the other, on all of them."""
+    def shared(self, function: Callable[[list], list], items: list, size: int) -> list:
+        """What function(part) gives for each item of parts of at most `size`, of which each rank computes its share."""
+        mine = items[self.rank :: self.world_size]
+        found = [one for start in range(0, len(mine), size) for one in function(mine[start : start + size])]
         if self.world_size == 1:
-            return mine
+            return found
         parts: list = [None] * self.world_size
-        dist.all_gather_object(parts, mine)
-        return sum(parts, [])
+        dist.all_gather_object(parts, found)
+        whole: list = [None] * len(items)
+        for rank, part in enumerate(parts):
+            whole[rank :: self.world_size] = part
+        return whole
 
     def any(self, flag: bool) -> bool:
         """True on all ranks when it is on one."""
@@ -148,7 +153,8 @@ class Dist:
 
     def check_experts(self, expert_parallel: int, experts: int) -> None:
         """Raises UserError when ranks or experts cannot be divided so."""
-        for count, what in ((self.world_size, "ranks (torchrun --nproc_per_node)"), (experts, "experts")):
+        ranks = "processes (--processes, or torchrun --nproc_per_node)"
+        for count, what in ((self.world_size, ranks), (experts, "experts")):
             if count % expert_parallel:
                 raise UserError(f"expert_parallel: got {expert_parallel}, wanted a divisor of the {count} {what}")
 
@@ -196,6 +202,7 @@ class Dist:
     def __exit__(self, kind, error, trace) -> None:
         """Leave the others. Raises LostRank when one of them has died or answers no more."""
         if self.world_size > 1:
+            self.patient = None
             gc.collect()  # what refers to the group must be gone before it
             is_theirs = any(word in str(error) for word in ("gloo", "NCCL", "Timed out"))
             dist.destroy_process_group()

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from data.io.checkpoint import read_json, remove_abandoned, write_json, write_text
 from data.io.cli import Knobs, UserError, knob, mute
-from data.io.ranks import Dist, is_restarted, local
+from data.io.ranks import Dist, is_restarted, is_split, local
 from data.io.state import SavedState, load_state, save_state, saved_states, state_of
 
 # ---------------------------------------------------------------------------------- the run folder
@@ -63,6 +63,10 @@ class RunConfig(Knobs):
         is_plain = self.name not in ("", ".", "..") and Path(self.name).name == self.name
         yield "name", "a plain folder name (the place goes into --out)", is_plain
         yield "zero", "2 or 3 with --expert_parallel", self.zero != 0 or self.expert_parallel == 1
+
+    def shares(self) -> tuple[int, int]:
+        """Parts into which a batch can be cut, and how many of them are worth a process."""
+        return 1, 1
 
     @property
     def folder(self) -> Path:
@@ -254,11 +258,18 @@ class SavedRun:
 
     @contextmanager
     def saved_if_refused(self) -> Iterator[None]:
-        """Whatever stops a run inside the block, what was done before it is saved first."""
+        """Whatever stops a run inside the block, what was done before it is saved first.
+
+        Of several processes the first one saves alone, if it holds the whole model and knows why it stops: where the
+        others are, nobody knows.
+        """
         try:
             yield
-        except Exception:
-            if self.world.world_size == 1 and self.step:  # of several ranks the others are elsewhere
+        except Exception as error:
+            world, is_refused = self.world, isinstance(error, UserError)
+            is_able = world.world_size == 1 or world.is_main and is_refused and not is_split(self.model)
+            if is_able and self.step:
+                self.world = self.folder.world = Dist(device=world.device)
                 with suppress(UserError):  # the first reason is the one to tell
                     self.save()
             raise

@@ -243,7 +243,7 @@ def good_answers(asked: list[Question], texts: list[str], right: Tensor,
 def examine(tasks: list[Task], texts: list[str], lengths: Tensor, right: Tensor, form: Tensor) -> dict:
     """What is known of n answers to each of Q questions; shares are [mean, standard error].
 
-    tasks, texts (Q*n,) of each answer, and its lengths (Q*n,) in tokens; right (Q, n) bool; form (Q, n).
+    tasks, texts (Q*n,) of each answer; its lengths (Q, n) in tokens; right (Q, n) bool; form (Q, n).
     Keys: accuracy (pass@1), pass and majority (by k), format, readable, length, tries (marks "?" per
     answer), styles (share and accuracy of each). JSON takes it as it is.
     """

@@ -106,6 +106,15 @@ def bench(config: BenchConfig, world: Dist) -> None:
     print("MTP's work is not counted in GFLOP/s")
 
 
+def share_of_products(trace: torch.profiler.profile) -> float:
+    """Of a traced time, the share of matrix products and attention: what is left of it if all else is free."""
+    times = {}
+    for event in trace.key_averages():
+        times[event.key] = event.self_device_time_total or event.self_cpu_time_total
+    products = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm", "aten::_scaled_dot_product", "mkldnn")
+    return sum(time for key, time in times.items() if key.startswith(products)) / sum(times.values())
+
+
 def profile(config: BenchConfig, world: Dist) -> None:
     """Trace three training steps into the run folder and print the fifteen costliest operations."""
     model, tokens, targets = random_run(config, world)
@@ -121,6 +130,8 @@ def profile(config: BenchConfig, world: Dist) -> None:
     trace.export_chrome_trace(str(path))
     order = "self_cuda_time_total" if tokens.is_cuda else "self_cpu_time_total"
     print(trace.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=40))
+    share = share_of_products(trace)
+    print(f"products    and attention are {share:.0%} of the time: at most {1 / share:.1f}x as fast without all else")
     print(f"trace       {path} (open it in chrome://tracing or ui.perfetto.dev)")
 
 
