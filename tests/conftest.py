@@ -71,6 +71,19 @@ def python(tmp_path):
     return run
 
 
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """`here(train.main, "--steps", "3", cwd=folder)` is what a program prints that ends well, without a start of its own."""
+
+    def run(main, *argv, cwd: Path) -> str:
+        monkeypatch.chdir(cwd)
+        capsys.readouterr()
+        assert main([*map(str, argv)]) is not False
+        return capsys.readouterr().out
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory) -> Path:
     """A folder with a text to train on, which no narrow terminal can show: `--data text`."""

@@ -165,7 +165,7 @@ def test_every_command_can_be_typed_and_says_what_is_meant(changes):
     assert names == [f"r1-{stage}" for stage in STAGES] and config.name == "r1"
 
 
-def test_a_recipe_without_its_base_or_of_another_name_is_one_line_and_code_2(python):
+def test_a_recipe_without_its_base_or_of_another_name_is_one_line_and_code_2(tmp_path, monkeypatch, refuses):
+    monkeypatch.chdir(tmp_path)
     for name, words in (("r1", "train.py makes out/base"), ("distill", "-m tests.claims.NAME")):
-        done = python("rl.py", "--recipe", name)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and words in done.stderr
+        refuses(rl.main, words, "--recipe", name)

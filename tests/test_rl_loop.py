@@ -62,18 +62,16 @@ def test_two_ranks_are_one(base, trainer, tmp_path):
         torch.testing.assert_close(p, q, atol=2e-4, rtol=1e-3, msg=name)
 
 
-def test_kill_and_resume_give_log_and_weights_of_an_uninterrupted_run(base, python, tmp_path):
+def test_kill_and_resume_give_log_and_weights_of_an_uninterrupted_run(base, python, here, tmp_path):
     flags = [f"--{name}={value}" for name, value in (SHORT | DEADLY | {"base": base}).items()]
     out = tmp_path / "out"
-    for name in ("whole", "cut"):
-        if name == "cut":
-            (tmp_path / "armed").touch()
-        done = python("rl.py", *flags, "--name", name)
-        assert done.returncode == (0 if name == "whole" else -9), done.stderr
+    here(rl.main, *flags, "--name", "whole", cwd=tmp_path)
+    (tmp_path / "armed").touch()
+    done = python("rl.py", *flags, "--name", "cut")
+    assert done.returncode == -9, done.stderr
     cut = out / "cut"
     assert 3 < len(rows(cut)) < 6
-    again = python("rl.py", *flags, "--name", "cut", "--resume")
-    assert again.returncode == 0 and "resumed at step" in again.stdout, again.stderr
+    assert "resumed at step" in here(rl.main, *flags, "--name", "cut", "--resume", cwd=tmp_path)
     logs = [without_times(rows(out / name)) for name in ("whole", "cut")]
     assert logs[0] == logs[1] and len(logs[0]) == 6
     for name in ("model.safetensors", "answers.txt", "report.json"):

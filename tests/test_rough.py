@@ -246,11 +246,11 @@ def test_a_reader_that_has_seen_enough_ends_the_run_and_it_is_saved(workplace):
     (["--snapshots", "nan"], "snapshots"), (["--lr", "inf"], "lr"),
     (["--set", "norm_topk_prob=maybe"], "norm_topk_prob"), (["--set", "hidden_size=1000000000"], "this machine has"),
     (["--init_from", "out/kept", "--preset", "small"], "preset")])
-def test_what_destroys_comes_last(workplace, python, flags, told, monkeypatch, refuses):
+def test_what_destroys_comes_last(workplace, here, flags, told, monkeypatch, refuses):
     """A typo beside --overwrite: one line, and the old run is as it was."""
     monkeypatch.chdir(workplace)
     if not Path("out/kept").exists():
-        assert python("train.py", *TINY, "--steps", "2", "--name", "kept", cwd=workplace).returncode == 0
+        here(train.main, *TINY, "--steps", "2", "--name", "kept", cwd=workplace)
     before = {path.name: path.read_bytes() for path in Path("out/kept").iterdir() if path.is_file()}
     refuses(train.main, told, "--name", "kept", "--overwrite", *TINY, *flags)
     assert before == {path.name: path.read_bytes() for path in Path("out/kept").iterdir() if path.is_file()}

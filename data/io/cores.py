@@ -22,6 +22,7 @@ from data.io.cli import UserError, keep_freed_memory, pick_device
 from data.io.ranks import Dist, LostRank, is_under_torchrun, joined, setup_distributed
 from data.io.run import RunConfig
 
+METHOD = "spawn"  # how a process begins: by importing all anew, which every system can do at any time
 PATIENCE = 5.0  # seconds that a process has to end
 LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU, and of the time that they are for
 
@@ -94,7 +95,7 @@ def together(config: RunConfig, work: Callable[[list[str], Dist], object], argv:
 
 def _started(count: int, threads: int, port: int, work: Callable[[Dist], object]) -> list[tuple]:
     """All processes but the first one, each with the pipe by which it is heard. Ctrl-C is for the first one."""
-    context, helpers = multiprocessing.get_context("spawn"), []
+    context, helpers = multiprocessing.get_context(METHOD), []
     is_in_charge = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handler
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_in_charge else None  # which they inherit
     try:
