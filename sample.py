@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data.io.checkpoint import load_config
 from data.io.cli import Knobs, UserError, knob, parse_flags, pick_device, run_main, widest_float
+from data.io.cores import spare_threads
 from data.io.experts import ExpertCache, parse_size
 from data.io.run import newest_run
 from data.talk.console import Console
@@ -476,8 +477,7 @@ class SamplingKnobs(Knobs):
     temperature: float = knob(0.8, "above 1 flattens the distribution; 0 is greedy", least=0)
     top_k: int = knob(0, "only the k likeliest tokens; 0 is all", least=0)
     top_p: float = knob(0.95, "only the likeliest that hold this probability; 1 is all", above=0, most=1)
-    draft: int = knob(0, "tokens that the MTP module guesses ahead: the same text, perhaps sooner",
-                      least=0)
+    draft: int = knob(0, "tokens that the MTP module guesses ahead: the same text, perhaps sooner", least=0)
 
 
 def check_prompts(config, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int]) -> None:
@@ -530,8 +530,8 @@ def load(knobs: SampleConfig) -> tuple[Path, Transformer, Tokenizer, ExpertCache
     cache = ExpertCache(parse_size(knobs.expert_cache)) if knobs.experts == "disk" else None
     dtype = getattr(torch, knobs.dtype) if knobs.dtype else None
     device = pick_device(knobs.device)
-    model = Transformer.from_pretrained(directory, "fused", device, dtype, mtp=knobs.draft > 0,
-                                        experts=cache)
+    model = Transformer.from_pretrained(directory, "fused", device, dtype, mtp=knobs.draft > 0, experts=cache)
+    spare_threads(sum(parameter.numel() for parameter in model.parameters()), device)
     return directory, model, tokenizer, cache
 
 

@@ -381,6 +381,7 @@ def which(config: BugConfig) -> int:
 def main(argv: list[str]) -> None:
     """Show, or answer what is asked about one mistake; or measure all of them."""
     config = parse_flags(BugConfig, argv, __doc__)
+    torch.set_num_threads(1)  # of a model this small a second one gains nothing, and waits beside other programs
     if config.table:
         print(table(measure(config.out)))
         return

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
+from data.io import cores
 from data.io.cli import UserError
 from data.talk.continuation import printer
 from data.talk.screen import Screen
@@ -615,3 +616,16 @@ def test_a_user_cannot_forge_specials(checkpoint):
         assert [i for i in ids if i in specials] == wanted and forged in tokenizer.decode(ids)
     ids = encode_prompt(tokenizer, "4-6+3=", True)
     assert ids == tokenizer.encode_trusted(prompt_text("4-6+3="))
+
+
+def test_a_small_model_is_decoded_with_one_thread_unless_the_user_chose(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    cores.spare_threads(10**6, torch.device("cpu"))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    cores.spare_threads(10**9, torch.device("cpu"))
+    cores.spare_threads(10**6, torch.device("cuda"))
+    assert not taken
+    cores.spare_threads(10**6, torch.device("cpu"))
+    assert taken == [1]
