@@ -206,7 +206,7 @@ class RLConfig(RunConfig):
     eval_samples: int = knob(64, "answers to each, before and after (8 in between)", least=1)
 
     def shares(self) -> tuple[int, int]:
-        return self.questions, 1
+        return math.gcd(self.questions, 64) if self.recipe else self.questions, 1  # SFT: of 64 sequences
 
     def rules(self):
         yield "group_size", "at least 2: an advantage compares answers", self.group_size >= 2

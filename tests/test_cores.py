@@ -1,20 +1,26 @@
 """A process for each core: the numbers of one process, and nothing lost when one of them ends."""
 
 import os
+import re
+import shlex
 import signal
 import sys
+import threading
 import time
+from datetime import timedelta
+from types import FunctionType
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 import rl
 import train
-from data.io import cores
-from data.io.cli import UserError
+from data.io import cores, ranks
+from data.io.cli import UserError, parse_flags
 from data.io.ranks import Dist
 from data.io.run import RunFolder
-from tests.conftest import refused, start
+from tests.conftest import ROOT, refused, start
 from tests.test_train import QUICK
 
 RUN = ["--steps", "14", "--eval_every", "4", *QUICK]
@@ -128,6 +134,20 @@ def the_second_breaks(world: Dist):
     world.all_reduce_sum(torch.ones(1))
 
 
+def the_second_is_caught(world: Dist):
+    if world.rank:
+        print(os.getpid(), flush=True)
+        re.match("(a+)+$", "a" * 40 + "b")  # for years, and no other thread runs
+    world.all_reduce_sum(torch.ones(1))
+
+
+def the_first_is_impatient(world: Dist):
+    if world.rank:
+        time.sleep(40)
+    threading.Timer(0.2, lambda: [(os.kill(os.getpid(), signal.SIGINT), time.sleep(0.1)) for _ in range(3)]).start()
+    world.all_reduce_sum(torch.ones(1))
+
+
 def all_refuse(world: Dist):
     raise UserError("nobody wants it")
 
@@ -159,7 +179,8 @@ def run(work):
         work(world)
 
 
-def test_processes_join_share_and_leave():
+def test_processes_join_share_and_leave(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "of another network")
     threads = torch.get_num_threads()
     run(one_sum)
     assert torch.get_num_threads() == threads and not torch.distributed.is_initialized()
@@ -176,6 +197,48 @@ def test_a_process_that_fails_says_why(work, told, capfd):
     assert not torch.distributed.is_initialized()
 
 
+def test_ctrl_c_is_heard_while_another_process_is_waited_for():
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run(the_first_is_impatient)
+    assert time.monotonic() - began < 30 and not torch.distributed.is_initialized()
+
+
+@linux
+def test_a_script_needs_no_guard_and_a_process_that_is_caught_ends_with_the_first(tmp_path):
+    (tmp_path / "script.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+                                        "from tests import test_cores as here; here.run(here.the_second_is_caught)\n")
+    run = start(str(tmp_path / "script.py"), cwd=tmp_path, PYTHONUNBUFFERED="1")
+    helper = run.stdout.readline()
+    assert helper.strip().isdecimal(), run.communicate()
+    run.kill()
+    run.wait()
+    until = time.monotonic() + 20
+    while os.path.exists(f"/proc/{int(helper)}"):
+        assert time.monotonic() < until, os.kill(int(helper), signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def test_a_process_that_does_not_come_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(ranks, "IN_STEP", timedelta(seconds=0.3))
+    with refused("the 2 processes found no way to each other"):
+        ranks.joined(TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False), 0, 2)
+    assert not torch.distributed.is_initialized()
+
+
+def test_what_cannot_be_begun_in_another_process_is_refused():
+    under_a_profiler = FunctionType(by_itself.__code__, globals(), "by_itself")
+    with refused("wanted --processes 1"), cores.together(TWO, under_a_profiler, []):
+        pass
+
+
+@pytest.mark.parametrize("processes", [3, 64])
+def test_processes_that_cannot_share_a_batch_are_not_begun(processes):
+    with refused(f"processes: got {processes}, wanted a divisor of the 32 parts of a batch"):
+        with cores.together(train.TrainConfig(device="cpu", processes=processes), None, []):
+            pass
+
+
 def test_cores_are_those_that_a_process_may_use(tmp_path, monkeypatch):
     monkeypatch.setattr(cores, "LIMIT", tmp_path / "cpu.max")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
@@ -188,10 +251,12 @@ def test_cores_are_those_that_a_process_may_use(tmp_path, monkeypatch):
 @pytest.mark.parametrize("threads,config,count", [
     (1, train.TrainConfig(), 1), (2, train.TrainConfig(), 2), (3, train.TrainConfig(), 2), (16, train.TrainConfig(), 8),
     (4, train.TrainConfig(tokens_per_step=384), 1), (4, train.TrainConfig(tokens_per_step=3 * 1024, seq_len=1024), 3),
-    (6, rl.RLConfig(), 4), (6, rl.RLConfig(questions=18), 6), (2, rl.RLConfig(questions=9), 1)])
+    (6, rl.RLConfig(), 4), (6, rl.RLConfig(questions=18), 6), (2, rl.RLConfig(questions=9), 1),
+    (6, rl.RLConfig(questions=18, recipe="r1"), 2)])  # whose fine-tuning cannot be shared by 3
 def test_a_batch_is_shared_evenly(threads, config, count, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert cores.fitting(*config.shares()) == count
+    assert parse_flags(train.TrainConfig, shlex.split(rl.SFT), "").shares()[0] == 64
 
 
 def test_processes_are_not_for_torchrun(monkeypatch):

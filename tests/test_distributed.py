@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -225,3 +226,12 @@ def one_leaves(world: Dist):
 def test_a_rank_that_dies_is_a_sentence():
     with pytest.raises(Exception, match="another rank died or answers no more; --resume goes on"):
         on_ranks(2, one_leaves)
+
+
+def is_slow(world: Dist):
+    assert world.shared(lambda part: time.sleep(2.5 * world.rank) or part, ["a", "b", "c"], 2) == ["a", "b", "c"]
+
+
+def test_a_part_that_takes_longer_than_a_step_is_waited_for(monkeypatch):
+    monkeypatch.setattr(ranks, "IN_STEP", timedelta(seconds=1))
+    on_ranks(2, is_slow)

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 import uuid
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -538,6 +539,7 @@ def copy_weights(directory: str | Path, files: dict[str, TensorFile], views: dic
             raise UserError(f"{directory}: {name} has shape {tuple(files[name].shape(name))}, "
                             f"config.json wants {tuple(views[name].shape)}")
     total = sum(files[name].nbytes(name) for name in wanted)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a kill leaves behind
     with tqdm(total=total, desc="weights", unit="B", unit_scale=True, delay=1, leave=False,
               disable=not (sys.stderr and sys.stderr.isatty())) as bar:
         for name in sorted(wanted, key=lambda name: (str(files[name].path), files[name].place(name))):

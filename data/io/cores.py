@@ -4,16 +4,20 @@ The threads of one process wait for each other in every operation, some thousand
 one of them is always late, and a step takes many times its share. Processes meet a few times a step.
 """
 
+import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
+import socket
 import sys
 import threading
 import traceback
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import ModuleType
 from typing import Callable, Iterator
 
 import torch
@@ -26,6 +30,7 @@ from data.io.run import RunConfig
 METHOD = "spawn"  # how a process begins: by importing all anew, which every system can do at any time
 ONE_THREAD = 200_000_000  # parameters of a model that is decoded with one thread, if it has no more
 PATIENCE = 5.0  # seconds that a process has to end
+STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU, and of the time that they are for
 
 
@@ -65,7 +70,7 @@ def together(config: RunConfig, work: Callable[[list[str], Dist], object], argv:
 
     work(argv, world) is what the others do, from the beginning: what the block does here, and picklable. They share
     each batch, nothing else: each holds the whole model. They end with the block, or when this process dies. Raises
-    UserError, in the words of a process that failed alone.
+    UserError, in the words of a process that failed alone, or when a batch cannot be shared by so many.
     """
     if world:
         yield world
@@ -74,7 +79,10 @@ def together(config: RunConfig, work: Callable[[list[str], Dist], object], argv:
     is_on_cores = pick_device(device).type == "cpu" and not is_under_torchrun()
     if (asked or 1) > 1 and not is_on_cores:
         raise UserError(f"processes: got {asked}, wanted none on a GPU or under torchrun, which starts its own")
-    count = (asked or fitting(*config.shares())) if is_on_cores else 1
+    parts, least = config.shares()
+    count = (asked or fitting(parts, least)) if is_on_cores else 1
+    if parts % count:
+        raise UserError(f"processes: got {count}, wanted a divisor of the {parts} parts of a batch, which they share")
     threads = max(1, cores() // count)
     if is_on_cores and cores() > 1:
         print(f"cores       {_words(count, threads, asked)}", flush=True)
@@ -87,14 +95,17 @@ def together(config: RunConfig, work: Callable[[list[str], Dist], object], argv:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     helpers, is_over = _started(count, threads, store.port, partial(work, argv)), False
     try:
-        for _, pipe in helpers:
-            if not _heard(pipe):
-                raise LostRank("it has not come as far as to join")
-        with joined(store, 0, count) as world:
-            yield world
+        with _heard_while_waiting(helpers) as is_stopped:
+            for _, pipe in helpers:
+                if not _heard(pipe):
+                    raise LostRank("another process has not come as far as to join")
+            with joined(store, 0, count) as world:
+                yield world
         is_over = True
-    except LostRank:
-        raise UserError(_reason(helpers)) from None
+    except LostRank as error:
+        if is_stopped.is_set():
+            raise KeyboardInterrupt from None
+        raise UserError(_reason(helpers) or str(error)) from None
     finally:
         for process, pipe in helpers:
             pipe.close()
@@ -104,12 +115,53 @@ def together(config: RunConfig, work: Callable[[list[str], Dist], object], argv:
         torch.set_num_threads(before)
 
 
-def _started(count: int, threads: int, port: int, work: Callable[[Dist], object]) -> list[tuple]:
+@contextmanager
+def _heard_while_waiting(helpers: list[tuple]) -> Iterator[threading.Event]:
+    """At a second signal the other processes are ended, if this one does not hear it for long; at a third at once.
+
+    It hears none while it waits for them in an operation of torch, and they may be caught in a verifier. The event
+    says that it came to this.
+    """
+    is_stopped = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python hears no signal
+        yield is_stopped
+        return
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+
+    def listen():
+        heard = 0
+        try:
+            while kind := ours.recv(1):  # the number of a signal; nothing: it is over
+                heard += kind[0] in STOPS
+                if heard > 2:
+                    raise TimeoutError
+                ours.settimeout(PATIENCE if heard > 1 else None)
+        except TimeoutError:
+            is_stopped.set()
+            for process, _ in helpers:
+                process.kill()
+
+    listener = threading.Thread(target=listen, daemon=True)
+    listener.start()
+    before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    try:
+        yield is_stopped
+    finally:
+        signal.set_wakeup_fd(before)
+        theirs.close()
+        listener.join()
+        ours.close()
+
+
+def _started(count: int, threads: int, port: int, work: partial) -> list[tuple]:
     """All processes but the first one, each with the pipe by which it is heard. Ctrl-C is for the first one."""
-    context, helpers = multiprocessing.get_context(METHOD), []
+    context, helpers, program = multiprocessing.get_context(METHOD), [], sys.modules["__main__"]
     is_in_charge = threading.current_thread() is threading.main_thread()  # elsewhere Python allows no handler
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_in_charge else None  # which they inherit
     try:
+        if work.func.__module__ != "__main__":  # a script that calls it, which they would run once more
+            sys.modules["__main__"] = ModuleType("__main__")
         for rank in range(1, count):
             mine, theirs = context.Pipe()
             told = (rank, count, threads, port, theirs, work)
@@ -117,7 +169,11 @@ def _started(count: int, threads: int, port: int, work: Callable[[Dist], object]
             process.start()
             helpers.append((process, mine))
             theirs.close()
+    except pickle.PicklingError:
+        raise UserError("processes: a profiler or a like program runs this one, which other processes cannot find: "
+                        "wanted --processes 1") from None
     finally:
+        sys.modules["__main__"] = program
         if is_in_charge:
             signal.signal(signal.SIGINT, interrupt)
     return helpers
@@ -143,6 +199,7 @@ def _words(count: int, threads: int, asked: int | None) -> str:
 
 def _help(rank: int, ranks: int, threads: int, port: int, pipe: Connection, work: Callable[[Dist], object]) -> None:
     """Another process: it prints nothing, and tells the first one why it broke off."""
+    _end_with_the_first()
     keep_freed_memory()
     torch.set_num_threads(threads)
     try:
@@ -153,11 +210,20 @@ def _help(rank: int, ranks: int, threads: int, port: int, pipe: Connection, work
         pass
     except BaseException as error:
         text = str(error) if isinstance(error, UserError) else traceback.format_exc()
-        pipe.send_bytes(text.encode())
+        with suppress(BrokenPipeError):  # the first process has gone
+            pipe.send_bytes(text.encode())
+
+
+def _end_with_the_first() -> None:
+    """Have this process end when the first one does, whatever it is about: a verifier may never come back."""
+    first = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (first.join(), os._exit(1)), daemon=True).start()
+    with suppress(OSError, AttributeError):  # Linux alone has it; no thread runs while a pattern is matched, say
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _reason(helpers: list[tuple]) -> str:
-    """Why a process has gone; what it said, if it is more than a line, goes to stderr."""
+    """Why a process has gone, or nothing; what it said, if it is more than a line, goes to stderr."""
     for number, (process, pipe) in enumerate(helpers, 2):
         process.join(PATIENCE)
         which, words = f"process {number} of {len(helpers) + 1}", _heard(pipe) if pipe.poll() else ""
@@ -169,4 +235,4 @@ def _reason(helpers: list[tuple]) -> str:
         if process.exitcode:
             return (f"{which} was ended (exit code {process.exitcode}; -9 may be want of memory: --processes 1 takes "
                     "least); --resume goes on from the last save")
-    return "another process answers no more; --resume goes on from the last save"
+    return ""

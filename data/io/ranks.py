@@ -83,7 +83,7 @@ class Dist:
         if self.world_size == 1:
             return found
         parts: list = [None] * self.world_size
-        dist.all_gather_object(parts, found)
+        dist.all_gather_object(parts, found, group=self.patient)  # a verifier may take long over one of the parts
         whole: list = [None] * len(items)
         for rank, part in enumerate(parts):
             whole[rank :: self.world_size] = part
@@ -255,9 +255,14 @@ def joined(store: dist.Store, rank: int, ranks: int) -> Dist:
     """One of the processes that data/io/cores.py started on this CPU, which talk by way of `store`.
 
     They wait for each other as long as it takes (a terminal may stop them all), and notice at once when one dies.
+    Raises LostRank when one does not come.
     """
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")  # no network is asked
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=IN_PREPARATION)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"  # no network is asked
+    try:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=IN_STEP)  # one may be dead
+    except RuntimeError as error:
+        raise LostRank(f"the {ranks} processes found no way to each other: {str(error).splitlines()[0]}") from None
+    dist.distributed_c10d._set_pg_timeout(IN_PREPARATION)
     return Dist(rank, ranks, torch.device("cpu"), rank == 0, dist.group.WORLD, is_of_one_cpu=True)
 
 
