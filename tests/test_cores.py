@@ -27,6 +27,12 @@ RUN = ["--steps", "14", "--eval_every", "4", *QUICK]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
 
 
+@pytest.fixture
+def by_fork(monkeypatch):
+    """Processes begin at once, having all imported."""
+    monkeypatch.setattr(cores, "METHOD", "fork")
+
+
 def helpers(run) -> list[int]:
     """The processes that a program started to share its work."""
     found = []
@@ -47,15 +53,6 @@ def until_logged(run, log, lines: int):
         time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def alone(workplace):
-    """The rows of one process's log."""
-    run = start("train.py", *RUN, "--name", "alone", cwd=workplace)
-    out, err = run.communicate(timeout=120)
-    assert run.returncode == 0 and "cores " not in out, err
-    return rows(workplace, "alone")
-
-
 def same(found: list[dict], wanted: list[dict]):
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted):
@@ -64,7 +61,7 @@ def same(found: list[dict], wanted: list[dict]):
 
 
 @linux
-def test_two_processes_give_the_losses_of_one_however_often_they_are_stopped(workplace, alone):
+def test_two_processes_give_the_losses_of_one_however_often_they_are_stopped(workplace, here):
     """Ctrl-C, a helper that is killed, the whole run that is killed: the log is that of one process."""
     def begin(lines: int, *more: str):
         run = start("train.py", *RUN, "--name", "two", *more, OMP_NUM_THREADS="2", cwd=workplace)
@@ -90,13 +87,12 @@ def test_two_processes_give_the_losses_of_one_however_often_they_are_stopped(wor
     while os.path.exists(f"/proc/{helper}"):
         assert time.monotonic() < until, "it outlives the run"
         time.sleep(0.02)
-    run = start("train.py", *RUN, "--name", "two", "--resume", cwd=workplace)
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 0 and "resumed at step" in out and not err, err
-    same(rows(workplace, "two"), alone)
+    assert "resumed at step" in here(train.main, *RUN, "--name", "two", "--resume", cwd=workplace)
+    assert "cores " not in here(train.main, *RUN, "--name", "alone", cwd=workplace)
+    same(rows(workplace, "two"), rows(workplace, "alone"))
 
 
-def test_reinforcement_learning_shares_questions_and_examinations(base, tmp_path, monkeypatch):
+def test_reinforcement_learning_shares_questions_and_examinations(base, tmp_path, monkeypatch, by_fork):
     """Two processes give the rows and the report of one: which answer is drawn depends on its question alone."""
     monkeypatch.chdir(tmp_path)
     flags = ["--base", base, "--steps", "2", "--questions", "4", "--group_size", "4", "--eval_questions", "6",
@@ -179,7 +175,7 @@ def run(work):
         work(world)
 
 
-def test_processes_join_share_and_leave(monkeypatch):
+def test_processes_join_share_and_leave(monkeypatch, by_fork):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "of another network")
     threads = torch.get_num_threads()
     run(one_sum)
@@ -190,14 +186,16 @@ def test_processes_join_share_and_leave(monkeypatch):
     (the_second_refuses, "^rank 1 wants another file$"), (all_refuse, "^nobody wants it$"),
     (the_second_breaks, "^process 2 of 2 broke off, see above; --resume goes on from the last save$"),
     (Unloadable(), r"^process 2 of 2 was ended \(exit code 3;")])
-def test_a_process_that_fails_says_why(work, told, capfd):
+def test_a_process_that_fails_says_why(work, told, capfd, request):
+    if not isinstance(work, Unloadable):  # which nothing reads in a fork
+        request.getfixturevalue("by_fork")
     with refused(told):
         run(work)
     assert ("KeyError: 'a fault'" in capfd.readouterr().err) == (work is the_second_breaks)
     assert not torch.distributed.is_initialized()
 
 
-def test_ctrl_c_is_heard_while_another_process_is_waited_for():
+def test_ctrl_c_is_heard_while_another_process_is_waited_for(by_fork):
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run(the_first_is_impatient)
