@@ -295,6 +295,8 @@ class StopSignal:
         self.is_set, self.before = False, {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
             kinds = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+            if signal.getsignal(kinds[-1]) is signal.SIG_IGN:  # by nohup: the run outlives its terminal
+                kinds.pop()
             self.before = {kind: signal.signal(kind, self._ask) for kind in kinds}
         return self
 
