@@ -74,7 +74,7 @@ def save_runs(world: Dist, folder: str, kinds: list[str]):
         torch.save(a_run(kind, world), f"{folder}/{kind}-{world.rank}.pt")
 
 
-@pytest.mark.parametrize("count, kinds", [(2, ["plain", "whole", "ep"]), (4, list(KINDS))], ids=["2", "4"])
+@pytest.mark.parametrize("count, kinds", [(2, ["plain", "ZeRO-2", "ep"]), (4, [kind for kind in KINDS if kind != "ZeRO-2"])], ids=["2", "4"])
 def test_many_ranks_are_one(tmp_path, count, kinds):
     on_ranks(count, save_runs, str(tmp_path), kinds)
     for kind in kinds:
