@@ -447,7 +447,7 @@ def build_model(config: TrainConfig, tokenizer, world: Dist) -> Transformer:
         changes = {"vocab_size": tokenizer.vocab_size, "bos_token_id": tokenizer.bos_id,
                    "eos_token_id": tokenizer.eos_id} | set_fields(Config, config.set)
         sizes = Config.preset(config.preset, **changes)
-        check_memory(asdict(sizes))
+        check_memory(asdict(sizes), copies=world.world_size if world.is_of_one_cpu else 1)
         model = Transformer(sizes, config.impl)
     for name, got, limit in (("tokenizer", tokenizer.vocab_size, "vocab_size"),
                              ("seq_len", config.seq_len, "max_position_embeddings")):

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from types import FunctionType
 
@@ -18,8 +19,10 @@ import rl
 import train
 from data.io import cores, ranks
 from data.io.cli import UserError, parse_flags
+from data.io.portrait import check_memory
 from data.io.ranks import Dist
 from data.io.run import RunFolder
+from model import Config
 from tests.conftest import ROOT, refused, start
 from tests.test_train import QUICK
 
@@ -248,6 +251,14 @@ def test_a_batch_is_shared_evenly(threads, config, count, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert cores.fitting(*config.shares()) == count
     assert parse_flags(train.TrainConfig, shlex.split(rl.SFT), "").shares()[0] == 64
+
+
+def test_processes_that_hold_more_than_the_memory_are_refused(monkeypatch):
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": 20_000_000}.get)
+    sizes = asdict(Config.preset("tiny"))  # 5.5 MB of weights
+    check_memory(sizes, copies=2)
+    with refused("its weights, 8 times, are 44.2 MB, this machine has 20 MB: --processes 1, or a smaller preset"):
+        check_memory(sizes, copies=8)
 
 
 def test_processes_are_not_for_torchrun(monkeypatch):

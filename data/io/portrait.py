@@ -143,16 +143,16 @@ def parameters_on_paper(config: dict) -> int:
     return main + c.num_nextn_predict_layers * (attention + moe + 2 * C * C + 3 * C)
 
 
-def check_memory(config: dict, bytes_each: int = 4, expert_cache: int | None = None) -> None:
+def check_memory(config: dict, bytes_each: int = 4, expert_cache: int | None = None, copies: int = 1) -> None:
     """Raises UserError when weights of these sizes are more than this machine's memory.
 
-    expert_cache: routed experts stay on disk but for so many bytes.
+    expert_cache: routed experts stay on disk but for so many bytes; copies: processes that hold the whole model.
     """
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):  # not every system tells
         return
-    wanted, hint = bytes_each * parameters_on_paper(config), "a smaller preset, or other sizes"
+    wanted, hint = copies * bytes_each * parameters_on_paper(config), "a smaller preset, or other sizes"
     if expert_cache is None:
         hint += "; of a checkpoint, sample.py --experts disk leaves experts where they are"
     else:
@@ -161,5 +161,8 @@ def check_memory(config: dict, bytes_each: int = 4, expert_cache: int | None = N
         experts = 3 * c.hidden_size * c.moe_intermediate_size * c.n_routed_experts * layers
         wanted -= max(0, bytes_each * experts - expert_cache)
         hint = "a smaller --expert_cache"
+    if copies > 1:
+        hint = "--processes 1, or a smaller preset"
     if wanted > memory:
-        raise UserError(f"config: its weights are {si(wanted)}B, this machine has {si(memory)}B: {hint}")
+        times = f", {copies} times," if copies > 1 else ""
+        raise UserError(f"config: its weights{times} are {si(wanted)}B, this machine has {si(memory)}B: {hint}")
