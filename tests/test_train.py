@@ -294,7 +294,7 @@ def wait_for(path: Path, what, seconds=90):
 
 
 def test_killed_run_resumes_and_its_log_is_whole(workplace, here, refuses):
-    flags = [*QUICK, "--steps", "40", "--eval_every", "5", "--name", "killed"]
+    flags = [*QUICK, "--steps", "40", "--eval_every", "10", "--name", "killed"]
     run = start("train.py", *flags, cwd=workplace)
     folder = workplace / "out" / "killed"
     wait_for(folder / "log.csv", lambda path: path.read_text().count("\n") > 14)
