@@ -8,10 +8,11 @@
     python train.py --data my/texts --name my  your own text
     python train.py --resume                   go on after Ctrl-C or a crash, bit for bit
     python train.py --init_from out/base --data examples:answers.jsonl --name sft     fine-tuning
-    torchrun --nproc_per_node=2 train.py       the same losses on two processes
+    python train.py --processes 1              on a CPU one process, not one for each core: the same losses
+    torchrun --nproc_per_node=2 train.py       and on two GPUs
 
 A run lives in out/<name>/: the checkpoint (a Hugging Face directory), train.json, log.csv,
-pictures, and state.safetensors, from which --resume goes on.
+pictures, and the state of its last save, from which --resume goes on.
 """
 
 import math

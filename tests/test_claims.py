@@ -1,6 +1,7 @@
 """What measures and what repeats a study, each in its smallest form: it runs, and says what it should."""
 
 import json
+import math
 import re
 import shlex
 from importlib.util import find_spec
@@ -13,12 +14,14 @@ import torch
 import train
 from data.io.cli import UserError, parse_flags
 from rl import RLConfig
-from tests.bench import decode
+from tests.bench import cores as cores_bench
+from tests.bench import decode, rollout
 from tests.bench import train as bench
 from tests.claims import base_quality, bill, distill, fitness, fp8, lab, minutes, thinking, visits
 from train import TrainConfig
 
 CONFIGS = {"train.py": TrainConfig, "rl.py": RLConfig, "tests.bench.train": bench.BenchConfig,
+           "tests.bench.cores": cores_bench.CoresConfig, "tests.bench.rollout": rollout.RolloutConfig,
            "tests.bench.decode": decode.DecodeConfig, "tests.claims.bill": bill.BillConfig,
            "tests.claims.fitness": fitness.FitnessConfig, "tests.claims.thinking": thinking.ThinkingConfig,
            "tests.claims.minutes": minutes.MinutesConfig,
@@ -62,6 +65,8 @@ def test_a_step_is_traced(tmp_path, capsys):
     bench.main([*TINY, "--profile", "--out", str(tmp_path)])
     out = capsys.readouterr().out
     assert "Self CPU" in out and "aten::" in out  # which fifteen are the costliest depends on the machine's load
+    share, most = re.search(r"products    and attention are (\d+)% of the time: at most (.+)x as fast", out).groups()
+    assert 0 < int(share) < 100 and float(most) == pytest.approx(100 / int(share), rel=0.1)
     assert '"aten::mm"' in (tmp_path / "base" / "trace.json").read_text()
 
 
@@ -70,6 +75,23 @@ def test_a_decoded_token_is_measured_and_both_caches_say_the_same(capsys):
     out = capsys.readouterr().out
     assert [float(x) < 1e-4 for x in re.findall("at most (.+) apart", out)] == [True, True]
     assert out.count("tokens/s") == (4 if find_spec("transformers") else 2)
+
+
+def test_a_rollout_is_measured(capsys, monkeypatch):
+    monkeypatch.setattr(rollout, "transformers_twin", lambda model: None)
+    rollout.main(["--rows", "3", "--max_new_tokens", "4", "--longest_prompt", "8", "--rounds", "1", "--device", "cpu"])
+    assert re.search(r"   3 rows  plainseek +[\d,]+ tokens/s\n   3 rows  products and attention are \d+%", capsys.readouterr().out)
+
+
+def test_cores_are_measured_alone_and_beside_busy_programs(capsys, monkeypatch):
+    asked, times = [], iter([0, 8.0, 16.0, 4.0, 9.0, math.inf, 6.0])
+    monkeypatch.setattr(cores_bench, "cores", lambda: 2)
+    monkeypatch.setattr(cores_bench, "seconds_per_step", lambda *each: asked.append(each[1:3]) or next(times))
+    cores_bench.main(["--busy", "0", "2", "--rounds", "1"])
+    assert asked == [(1, 2), *2 * [(1, 1), (1, 2), (2, 2)]]
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert "2.00x as fast as one core, 4.0x as threads, and takes 1.00x its fair share" in first
+    assert "1.50x as fast as one core, infx as threads, and takes 0.75x its fair share" in second
 
 
 def test_the_bill_is_that_of_table_1(capsys):

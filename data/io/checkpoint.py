@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import sys
-import threading
 import uuid
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,9 +19,8 @@ from typing import Callable, Iterable, Iterator, NamedTuple
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from tqdm import tqdm
 
-from data.io.cli import UserError, nearest
+from data.io.cli import UserError, nearest, progress
 from data.io.tensors import (FP8, SCALE, TensorFile, check_codes, dequantise, file_digest, fingerprint, read_scales,
                              write_tensors)
 
@@ -539,8 +537,7 @@ def copy_weights(directory: str | Path, files: dict[str, TensorFile], views: dic
             raise UserError(f"{directory}: {name} has shape {tuple(files[name].shape(name))}, "
                             f"config.json wants {tuple(views[name].shape)}")
     total = sum(files[name].nbytes(name) for name in wanted)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a kill leaves behind
-    with tqdm(total=total, desc="weights", unit="B", unit_scale=True, delay=1, leave=False,
+    with progress(total=total, desc="weights", unit="B", unit_scale=True, delay=1, leave=False,
               disable=not (sys.stderr and sys.stderr.isatty())) as bar:
         for name in sorted(wanted, key=lambda name: (str(files[name].path), files[name].place(name))):
             copy_tensor(files, name, views[name], block, bar.update)

@@ -8,6 +8,7 @@ import math
 import operator
 import os
 import sys
+import threading
 import types
 from contextlib import suppress
 from dataclasses import MISSING, Field, field, fields
@@ -16,6 +17,7 @@ from typing import Callable, Iterable, Iterator, NoReturn, Sequence
 from typing import get_args, get_origin, get_type_hints
 
 import torch
+from tqdm import tqdm
 
 
 class UserError(ValueError):
@@ -296,6 +298,12 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of its own, which would go back at once
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap does not shrink
+
+
+def progress(**layout) -> tqdm:
+    """A bar of tqdm."""
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a kill leaves behind
+    return tqdm(**layout)
 
 
 def mute() -> None:

@@ -25,12 +25,11 @@ from torch import distributed as dist
 
 from data.io.cli import UserError, keep_freed_memory, pick_device
 from data.io.ranks import Dist, LostRank, is_under_torchrun, joined, setup_distributed
-from data.io.run import RunConfig
+from data.io.run import STOPS, RunConfig
 
 METHOD = "spawn"  # how a process begins: by importing all anew, which every system can do at any time
-ONE_THREAD = 200_000_000  # parameters of a model that is decoded with one thread, if it has no more
+ONE_THREAD = 200_000_000  # parameters: a model that has fewer is decoded with one thread
 PATIENCE = 5.0  # seconds that a process has to end
-STOPS = {getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)}
 LIMIT = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of CPU, and of the time that they are for
 
 

@@ -169,13 +169,13 @@ class Dist:
         Where the model is split, it has added up what the ranks found; where it is whole, they do it here, at once.
         """
         found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        gradients = [local(grad) for grad in found]
-        if self.world_size > 1 and not is_split(model):
+        gradients, is_apart = [local(grad) for grad in found], self.world_size > 1 and is_split(model)
+        if self.world_size > 1 and not is_apart:
             summed = self.all_reduce_sum(torch.cat([grad.flatten() for grad in gradients]))
             parts = summed.split([grad.numel() for grad in gradients])
             torch._foreach_copy_(gradients, [part.view_as(grad) for part, grad in zip(parts, gradients)])
         norm = nn.utils.get_total_norm(gradients)
-        return gradients, self.all_reduce_sum(norm.square()).sqrt() if is_split(model) else norm
+        return gradients, self.all_reduce_sum(norm.square()).sqrt() if is_apart else norm
 
     def gathered(self, model: nn.Module, main_only: bool = False) -> dict[str, Tensor]:
         """The state dict of a sharded model, whole; with `main_only` on the first rank's CPU, elsewhere empty."""

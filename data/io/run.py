@@ -16,10 +16,8 @@ from typing import Callable, Collection, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
-
 from data.io.checkpoint import read_json, remove_abandoned, write_json, write_text
-from data.io.cli import Knobs, UserError, knob, mute
+from data.io.cli import Knobs, UserError, knob, mute, progress
 from data.io.ranks import Dist, is_restarted, is_split, local
 from data.io.state import SavedState, load_state, save_state, saved_states, state_of
 
@@ -288,15 +286,17 @@ class SavedRun:
 # ---------------------------------------------------------------------------------------- the loop
 
 
+STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 class StopSignal:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a stop after the running step; a second acts at once."""
 
     def __enter__(self):
         self.is_set, self.before = False, {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-            kinds = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-            if signal.getsignal(kinds[-1]) is signal.SIG_IGN:  # by nohup: the run outlives its terminal
-                kinds.pop()
+            last = STOPS[-1]  # ignored under nohup, where a run outlives its terminal
+            kinds = STOPS[:-1] if signal.getsignal(last) is signal.SIG_IGN else STOPS
             self.before = {kind: signal.signal(kind, self._ask) for kind in kinds}
         return self
 
@@ -324,8 +324,7 @@ class Loop:
         self.first, self.label, self.is_main = done, label, folder.is_main
         self.started, is_terminal, self.is_unheard = time.monotonic(), bool(sys.stderr and sys.stderr.isatty()), False
         layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix[0]} {elapsed}, {remaining} left"
-        tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a kill leaves behind
-        self.bar = tqdm(total=total, initial=done, desc=label, disable=not (is_terminal and self.is_main),
+        self.bar = progress(total=total, initial=done, desc=label, disable=not (is_terminal and self.is_main),
                         dynamic_ncols=True, smoothing=0.05, bar_format=layout, postfix=[""])
 
     def __iter__(self) -> Iterator[int]:
@@ -364,7 +363,7 @@ class Loop:
         """A line that stays above the bar."""
         try:
             if self.is_main and sys.stdout:
-                tqdm.write(text)
+                self.bar.write(text)
                 sys.stdout.flush()
         except OSError:  # the reader has gone, or the disk of the log is full
             self.is_unheard = True
